@@ -1,0 +1,41 @@
+"""Every bound of the product that is not a setting, and the names that are allowed."""
+
+from __future__ import annotations
+
+import re
+
+from relay.errors import InvalidName
+
+_NAME = re.compile(r"[A-Za-z0-9._~:-]{1,200}", re.ASCII)
+
+FRAME_MAX_BYTES = 1024 * 1024
+"""Default bound of one frame's data."""
+
+PAGE_MAX_FRAMES = 1000
+"""Frames of one journal page; also the largest `limit` of a JSON page."""
+
+PAGE_MAX_BYTES = 4 * FRAME_MAX_BYTES
+"""Data bytes after which a journal page is full. The frame that fills it is part of it, so a page always moves."""
+
+WAIT_MAX_S = 60
+"""Longest `wait` for a stream that does not exist yet."""
+
+METADATA_MAX_BYTES = 16 * 1024
+"""Bound of a stream's or run's metadata, as JSON text."""
+
+LAST_EVENT_ID_MAX_BYTES = 512
+"""No cursor relay gives out is longer."""
+
+
+def check_stream_name(name: str) -> str:
+    """Return a stream name unchanged; raises `InvalidName`."""
+    if _NAME.fullmatch(name) is None:
+        raise InvalidName("A stream name is 1 to 200 characters of A-Z a-z 0-9 . _ ~ : -")
+    return name
+
+
+def check_run_name(name: str) -> str:
+    """Return a run name unchanged; raises `InvalidName`."""
+    if _NAME.fullmatch(name) is None:
+        raise InvalidName("A run name is 1 to 200 characters of A-Z a-z 0-9 . _ ~ : -")
+    return name
