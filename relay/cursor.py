@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from relay.errors import MalformedCursor, ResumeUnknown
 
-# Redis Stream ids are two unsigned 64-bit numbers; 19 digits always fit a signed one, which SQLite needs.
+# Redis Stream ids are two unsigned 64-bit numbers; 18 digits always fit a signed one, which SQLite needs.
 _CURSOR = re.compile(r"(0|[1-9][0-9]{0,17})-(0|[1-9][0-9]{0,17})", re.ASCII)
 _RESUME_ID = re.compile(r"rly\.([A-Za-z0-9_-]{22,64})\.(\S+)", re.ASCII)
 
@@ -39,7 +39,10 @@ def parse_cursor(text: str) -> Cursor:
     match = _CURSOR.fullmatch(text)
     if match is None:
         raise MalformedCursor("A cursor is <seq>-<ms>, as in 42-1763726400860.")
-    return Cursor(int(match[1]), int(match[2]))
+    cursor = Cursor(int(match[1]), int(match[2]))
+    if cursor.seq == 0 and cursor != ORIGIN:
+        raise MalformedCursor("The only cursor before the first frame is 0-0.")
+    return cursor
 
 
 class ResumeId(NamedTuple):
@@ -103,4 +106,6 @@ def judge(cursor: Cursor, extent: Extent, anchor_ms: int | None) -> Standing:
         return Standing.AHEAD
     if anchor_ms is not None:
         return Standing.DIVERGED
+    if cursor.seq == extent.top.seq and cursor.ms not in (extent.top.ms, extent.created_ms):
+        return Standing.DIVERGED  # all frames are trimmed, but the last id is known
     return Standing.HERE if cursor.seq == extent.earliest_seq - 1 else Standing.GAP

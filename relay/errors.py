@@ -1,7 +1,7 @@
 """Every error relay raises on purpose, split by whose fault it is.
 
     RelayError
-    ├── CallerError                 the request is wrong; 4xx, retrying it unchanged is useless
+    ├── CallerError                 the request is wrong; 4xx or 501, retrying it unchanged is useless
     │   ├── MalformedCursor         400 malformed_cursor
     │   ├── InvalidName             400 invalid_name
     │   ├── InvalidParameter        400 invalid_parameter

@@ -117,10 +117,10 @@ class Ending(NamedTuple):
 
 
 def ending(reason: Reason, error: str = "") -> Ending:
-    """The ending a reason stands for. A failure's error text is never empty; it is cut at 4 KiB with a mark."""
+    """The ending a reason stands for. A failed or lost run's error is never empty, and cut at 4 KiB."""
     status = STATUS_OF[reason]
     text = error.strip()
-    if not text and status is Status.FAILED:
+    if not text and status in (Status.FAILED, Status.LOST):
         text = reason.value.replace("_", " ")
     encoded = text.encode(errors="replace")
     if len(encoded) > ERROR_MAX_BYTES:

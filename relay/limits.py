@@ -8,6 +8,11 @@ from relay.errors import InvalidName
 
 _NAME = re.compile(r"[A-Za-z0-9._~:-]{1,200}", re.ASCII)
 
+_DOTS = (".", "..")  # clients and proxies resolve these in a path
+
+RUN_WORDS = ("current", "latest")
+"""What `run=` understands beside names."""
+
 FRAME_MAX_BYTES = 1024 * 1024
 """Default bound of one frame's data."""
 
@@ -15,7 +20,7 @@ PAGE_MAX_FRAMES = 1000
 """Frames of one journal page; also the largest `limit` of a JSON page."""
 
 PAGE_MAX_BYTES = 4 * FRAME_MAX_BYTES
-"""Data bytes after which a journal page is full. The frame that fills it is part of it, so a page always moves."""
+"""Data bytes after which a journal page is full. The frame that fills it is in it, so a page moves on."""
 
 WAIT_MAX_S = 60
 """Longest `wait` for a stream that does not exist yet."""
@@ -29,13 +34,15 @@ LAST_EVENT_ID_MAX_BYTES = 512
 
 def check_stream_name(name: str) -> str:
     """Return a stream name unchanged; raises `InvalidName`."""
-    if _NAME.fullmatch(name) is None:
-        raise InvalidName("A stream name is 1 to 200 characters of A-Z a-z 0-9 . _ ~ : -")
+    if _NAME.fullmatch(name) is None or name in _DOTS:
+        raise InvalidName("A stream name is 1 to 200 characters of A-Z a-z 0-9 . _ ~ : - and not only dots.")
     return name
 
 
 def check_run_name(name: str) -> str:
     """Return a run name unchanged; raises `InvalidName`."""
-    if _NAME.fullmatch(name) is None:
-        raise InvalidName("A run name is 1 to 200 characters of A-Z a-z 0-9 . _ ~ : -")
+    if _NAME.fullmatch(name) is None or name in _DOTS or name in RUN_WORDS:
+        raise InvalidName(
+            "A run name is 1 to 200 characters of A-Z a-z 0-9 . _ ~ : - and not 'current' or 'latest'."
+        )
     return name

@@ -32,7 +32,8 @@ class RunOpening:
     """A run to open, and the stream to create for it if there is none.
 
     `writer` is the fencing token its appends must carry; `token` is the secret in its resume ids;
-    `metadata` is JSON text or empty. `retention` and `seal` apply only when this creates the stream:
+    `metadata` is JSON text or empty; `answer` is what a later response for this run must look like (opaque
+    text, not shown to readers). `retention` and `seal` apply only when this creates the stream:
     a sealed stream takes no further run.
     """
 
@@ -43,6 +44,7 @@ class RunOpening:
     retention: Retention
     dialect: str = ""
     metadata: str = ""
+    answer: str = ""
     seal: bool = False
 
 
@@ -116,6 +118,7 @@ class RunInfo:
     error: str = ""
     dialect: str = ""
     metadata: str = ""
+    answer: str = ""
     token: str = ""
 
 
@@ -219,6 +222,9 @@ class Journal(Protocol):
 
     def unwatch(self, stream: str) -> None:
         """Stop telling the follower of this stream."""
+
+    async def watchers(self, stream: str) -> int:
+        """How many relay processes watch this stream now."""
 
     async def claim(self, key: str, body_digest: str, owner: str, lease_s: float, keep_s: float) -> Claim:
         """Claim an idempotency key for `lease_s`, or renew the owner's own claim. An unrenewed pending claim

@@ -1,0 +1,9 @@
+.PHONY: run test check bench
+
+run: ; @python3 dev.py demo
+
+test: ; @python3 dev.py test
+
+check: ; @python3 dev.py check
+
+bench: ; @python3 dev.py bench

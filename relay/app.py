@@ -1,0 +1,350 @@
+"""The composition: one ASGI application out of journal, proxy, tails and readers.
+
+    upstream → Proxy → Pump → RunWriter → Journal → Tail → Reader → response
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+
+from relay.api import Api
+from relay.cursor import Cursor, Standing, judge, parse_resume_id
+from relay.dialects.detect import BY_NAME, RAW
+from relay.errors import (
+    Busy,
+    CallerError,
+    CursorGone,
+    JournalError,
+    RelayError,
+    ResumeUnknown,
+    RouteNotFound,
+    UnknownRun,
+    UnknownStream,
+    UpgradeUnsupported,
+)
+from relay.ingest.proxy import EVENT_STREAM, Call, ClientGone, Passed, Proxy, RunAnswer
+from relay.ingest.upstream import IdleBody, TruncatedBody, Upstream
+from relay.journal.base import Journal, Page, RunInfo
+from relay.lifecycle import Reason, Status, ending
+from relay.limits import PAGE_MAX_FRAMES
+from relay.metrics import Metrics
+from relay.replay.reader import Reader, ReaderEnd, Readers, ended_at
+from relay.replay.response import (
+    CONNECTION,
+    STREAMING_HEADERS,
+    Receive,
+    Scope,
+    Send,
+    send_no_content,
+    send_problem,
+    serve_reader,
+)
+from relay.replay.tail import WRITE_MAX_BYTES, Tails
+from relay.replay.view import ProxiedNdjsonView, ProxiedSseView
+from relay.settings import Settings
+
+log = logging.getLogger("relay.app")
+
+VISIT_S = 1.0
+"""How often open readers, quiet streams and open runs are looked at, at least."""
+
+
+class App:
+    """relay as an ASGI application. `start` it before it serves, `drain` and `close` it after."""
+
+    def __init__(self, settings: Settings, journal: Journal) -> None:
+        self.settings = settings
+        self.journal = journal
+        self.metrics = Metrics()
+        self.tails = Tails(journal, settings)
+        self.readers = Readers(settings.heartbeat_s, settings.write_timeout_s)
+        self.draining = False
+        self._upstream = Upstream(settings.upstream, settings) if settings.upstream else None
+        self._proxy = (
+            None
+            if self._upstream is None
+            else Proxy(self._upstream, journal, settings, self.tails.readers_of, self.metrics.run_ended)
+        )
+        self._api = Api(self)
+        self._caretaker: asyncio.Task[None] | None = None
+
+    # Life of the process
+
+    async def start(self) -> None:
+        """Connect to the journal; raises `StartupError`."""
+        await self.journal.start(self.tails)
+        if self._upstream is not None:
+            await self._upstream.start()
+        self._caretaker = asyncio.create_task(self._take_care())
+
+    async def drain(self) -> None:
+        """Send readers away and let open runs finish."""
+        self.draining = True
+        self.readers.drain()
+        if self._proxy is not None:
+            await self._proxy.drain()
+
+    async def close(self) -> None:
+        """Release everything."""
+        if self._caretaker is not None:
+            self._caretaker.cancel()
+        if self._upstream is not None:
+            await self._upstream.close()
+        self.tails.close()
+        await self.journal.close()
+
+    async def _take_care(self) -> None:
+        pause_s = min(VISIT_S, self.settings.heartbeat_s / 2, self.settings.write_timeout_s / 2)
+        next_check = 0.0
+        while True:
+            await asyncio.sleep(pause_s)
+            self.readers.visit(self.tails.now())
+            if self.tails.now() < next_check:
+                continue
+            next_check = self.tails.now() + VISIT_S
+            try:
+                await self.tails.check_quiet()
+                if self._proxy is not None:
+                    await self._proxy.visit()
+            except JournalError:
+                pass  # readers and pumps meet it themselves, and wait
+            except Exception:
+                log.exception("care failed")
+
+    @property
+    def open_runs(self) -> int:
+        """Runs whose upstream this process reads."""
+        return 0 if self._proxy is None else self._proxy.open_runs
+
+    def rotate_at(self) -> float:
+        """When a reader that begins now is sent to reconnect: jittered, so that they do not come together."""
+        return self.tails.now() + self.settings.reader_max_s * random.uniform(0.75, 1.25)
+
+    # Requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Route: `/relay` is ours, everything else is upstream's."""
+        if scope["type"] != "http":
+            return
+        path: str = scope["path"]
+        try:
+            if path == "/relay" or path.startswith("/relay/"):
+                await self._api(scope, receive, send)
+            else:
+                await self._proxied(scope, receive, send)
+        except ClientGone:
+            pass
+        except RelayError as error:
+            await send_problem(error, send)
+
+    async def _proxied(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = _call(scope, receive)
+        if call.header("upgrade").lower() == "websocket":
+            raise UpgradeUnsupported("relay does not proxy WebSocket connections.")
+        presented = call.header("last-event-id")
+        browser = _is_event_source(call)
+        try:
+            if presented.startswith("rly."):
+                await self._resume(presented, browser, scope, send)
+                return
+            if self._proxy is None:
+                raise RouteNotFound("No upstream is configured; relay's own routes are under /relay.")
+            opened = await self._proxy.open(call)
+            if isinstance(opened, Passed):
+                await _pass_on(opened, call.method, scope, send)
+            elif opened.info is None:
+                await self._serve_new_run(opened, browser, scope, send)
+            else:
+                await self._serve_known_run(opened, opened.info, opened.start, browser, scope, send)
+        except (Busy, JournalError) as error:
+            if not browser:
+                raise
+            await self._ask_to_come_back(error, send)
+
+    async def _resume(self, presented: str, browser: bool, scope: Scope, send: Send) -> None:
+        """Answer a request that carries a resume id from the journal, never from upstream."""
+        resume_id = parse_resume_id(presented)
+        found = await self.journal.resolve_token(resume_id.token)
+        if found is None:
+            raise ResumeUnknown("This answer is not kept any more, or never was.")
+        stream, name = found
+        try:
+            info = await self.journal.run(stream, name)
+        except (UnknownStream, UnknownRun):
+            raise ResumeUnknown("This answer is not kept any more.") from None
+        answer = RunAnswer.of(stream, info, None if self._proxy is None else self._proxy.pump(stream, name))
+        after = max(resume_id.cursor, answer.start)
+        await self._serve_known_run(answer, info, after, browser, scope, send)
+
+    async def _serve_new_run(self, answer: RunAnswer, browser: bool, scope: Scope, send: Send) -> None:
+        await self._serve_run(answer, answer.start, None, None, browser, scope, send)
+
+    async def _serve_known_run(
+        self, answer: RunAnswer, info: RunInfo, after: Cursor, browser: bool, scope: Scope, send: Send
+    ) -> None:
+        page = await self.journal.read(answer.stream, after, PAGE_MAX_FRAMES, WRITE_MAX_BYTES)
+        standing = judge(after, page.extent, page.anchor_ms)
+        if info.ended_ms and info.last_data <= after.seq and standing in (Standing.HERE, Standing.GAP):
+            self.metrics.resumed("ended")
+            await send_no_content(send)
+            return
+        if standing is not Standing.HERE:
+            self.metrics.resumed(standing.value)
+            raise CursorGone(
+                "The journal does not hold what comes after this id any more.", reason=standing.value
+            )
+        self.metrics.resumed("resumed")
+        await self._serve_run(answer, after, page, ended_at(info), browser, scope, send)
+
+    async def _serve_run(
+        self,
+        answer: RunAnswer,
+        after: Cursor,
+        page: Page | None,
+        ended_seq: int | None,
+        browser: bool,
+        scope: Scope,
+        send: Send,
+    ) -> None:
+        """A run as upstream's own answer, from a cursor on."""
+        prime = b""
+        view: ProxiedSseView | ProxiedNdjsonView
+        if answer.media_type.lower().startswith(EVENT_STREAM):
+            view = ProxiedSseView(answer.run, answer.token, answer.media_type)
+            if browser and after == answer.start:
+                prime = view.prime(self.settings.retry_ms)
+        else:
+            view = ProxiedNdjsonView(answer.run, answer.media_type)
+        reader = Reader(
+            self.tails,
+            answer.stream,
+            view,
+            after,
+            page,
+            ended_at=ended_seq,
+            # Only a browser's EventSource is known to come back; others would take the end for the end.
+            rotate_at=self.rotate_at() if browser else None,
+        )
+
+        def break_off() -> None:
+            reader.leave(ReaderEnd.ERROR)
+
+        async def whole(reader: Reader) -> bool:
+            return await self._may_end_whole(answer.stream, answer.run, reader)
+
+        headers = [
+            *answer.headers,
+            *(header for header in STREAMING_HEADERS if header[0] != b"vary"),
+            (b"relay-stream", answer.stream.encode()),
+            (b"relay-run", answer.run.encode()),
+            (b"relay-cursor", str(after).encode()),
+        ]
+        pump = answer.pump
+        if pump is not None:
+            pump.on_broken.add(break_off)
+            if pump.broken:
+                break_off()
+        try:
+            await self.serve(
+                reader, scope, send, status=answer.status, headers=headers, prime=prime, whole=whole
+            )
+        finally:
+            if pump is not None:
+                pump.on_broken.discard(break_off)
+
+    async def _may_end_whole(self, stream: str, run: str, reader: Reader) -> bool:
+        """Whether a proxied answer may be closed as complete: it is, or its format said that it is not."""
+        if reader.terminal is not None:
+            status = orjson.loads(reader.terminal.data)["status"]
+            if status == Status.COMPLETED:
+                return True
+        try:
+            info = await self.journal.run(stream, run)
+        except RelayError:
+            return False
+        said = BY_NAME.get(info.dialect, RAW).error_event(ending(Reason.UPSTREAM_ERROR)) is not None
+        return info.status is Status.COMPLETED or said
+
+    async def serve(self, reader: Reader, scope: Scope, send: Send, **response: Any) -> None:
+        """Serve a reader and count it."""
+        if len(self.readers) >= self.settings.readers_max:
+            raise Busy("This relay serves as many readers as it may.")
+        end = await serve_reader(reader, self.readers, scope, send, **response)
+        self.metrics.readers_ended.labels(end).inc()
+
+    async def _ask_to_come_back(self, error: RelayError, send: Send) -> None:
+        """A browser's EventSource gives up for ever on anything but 200; this makes it try again."""
+        log.warning("a browser is asked to come back: %s", error)
+        headers = [(b"content-type", EVENT_STREAM.encode()), *STREAMING_HEADERS]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"retry: %d\n\n" % self.tails.retry_ms()})
+
+
+def _call(scope: Scope, receive: Receive) -> Call:
+    raw_path: bytes = scope["raw_path"]
+    if not raw_path.startswith(b"/"):
+        raise CallerError("The request target is not a path.")
+    query: bytes = scope["query_string"]
+    target = raw_path + (b"?" + query if query else b"")
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    has_body = any(
+        name == b"transfer-encoding" or (name == b"content-length" and value.strip() != b"0")
+        for name, value in headers
+    )
+    client = scope.get("client")
+    return Call(
+        method=scope["method"],
+        path=scope["path"],
+        target=target.decode("latin-1"),
+        headers=headers,
+        body=_request_body(receive) if has_body else None,
+        client_host=client[0] if client else "",
+    )
+
+
+async def _request_body(receive: Receive) -> AsyncIterator[bytes]:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        if message["body"]:
+            yield message["body"]
+        if not message["more_body"]:
+            return
+
+
+def _is_event_source(call: Call) -> bool:
+    """A browser's own EventSource: it comes back by itself, with the last id it saw."""
+    return (
+        call.method == "GET"
+        and EVENT_STREAM in call.header("accept")
+        and call.header("sec-fetch-dest") != ""
+    )  # fmt: skip
+
+
+async def _pass_on(passed: Passed, method: str, scope: Scope, send: Send) -> None:
+    """An answer that is not journaled, as it comes; broken off if upstream breaks off."""
+    connection = scope["extensions"][CONNECTION]
+    answer = passed.answer
+    connection.on_lost = answer.close
+    headers = passed.headers
+    if answer.status in (204, 304):
+        headers = [(name, value) for name, value in headers if name != b"content-length"]
+    try:
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        if method != "HEAD":
+            async for data in answer.body():
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    except (TruncatedBody, IdleBody) as error:
+        log.info("passed answer broke off: %s", error)
+        connection.finish_and_abort()
+    finally:
+        connection.on_lost = None
+        answer.close()

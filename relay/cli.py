@@ -1,0 +1,216 @@
+"""The command line: `relay serve`, `relay demo`, `relay tail`, `relay ls`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import click
+import uvloop
+
+from relay.app import App
+from relay.client import list_streams, tail_stream
+from relay.demo import sample_agent
+from relay.errors import RelayError, StartupError
+from relay.journal.base import Journal
+from relay.server import RelayServer, server
+from relay.settings import Settings
+
+
+def main() -> None:
+    """The `relay` command."""
+    cli(prog_name="relay")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="relay-sidecar")
+def cli() -> None:
+    """Resumable streams for agent backends: one journal, one cursor, live and replay."""
+
+
+def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """One option and one environment variable for every field of `Settings`."""
+    for setting in reversed(dataclasses.fields(Settings)):
+        default = setting.default
+        several = isinstance(default, tuple)
+        choices = setting.metadata.get("choices")
+        command = click.option(
+            "--" + setting.name.replace("_", "-"),
+            setting.name,
+            envvar="RELAY_" + setting.name.upper(),
+            default=default,
+            show_default=default not in ("", ()),
+            multiple=several,
+            is_flag=isinstance(default, bool),
+            type=click.Choice(choices) if choices else str if several else type(default),
+            help=setting.metadata["help"],
+        )(command)
+    return command
+
+
+@cli.command()
+@_settings_options
+def serve(**options: Any) -> None:
+    """Run relay in front of an agent backend."""
+    settings = Settings(**options)
+    _logging()
+    _run(_serve(settings, lambda url: f"relay is ready on {url} (journal {_shown(settings.journal)})"))
+
+
+@cli.command()
+@click.option("--port", default=8080, show_default=True, help="Port of the page; 0 picks a free one.")
+@click.option("--journal", default="sqlite:///relay-demo.db", show_default=True, help="As for serve.")
+def demo(port: int, journal: str) -> None:
+    """Run relay in front of a built-in sample agent, with a page to watch, cut and resume."""
+    _logging(logging.WARNING)
+    _run(_demo(port, journal))
+
+
+@cli.command()
+@click.argument("stream")
+@click.option("--url", envvar="RELAY_URL", default="http://127.0.0.1:8080", show_default=True)
+@click.option("--after", default="start", show_default=True, help="A cursor, 'start' or 'tail'.")
+@click.option("--run", default=None, help="One run only: its name, 'current' or 'latest'.")
+@click.option("--wait", default=0.0, help="Seconds to wait for a stream that does not exist yet.")
+@click.option("--json", "as_json", is_flag=True, help="Print frame objects, one a line.")
+def tail(stream: str, url: str, after: str, run: str | None, wait: float, as_json: bool) -> None:
+    """Follow a stream: one line a frame, resumed across disconnects, until it ends."""
+    _run(tail_stream(url, stream, after, run, wait, as_json, click.echo))
+
+
+@cli.command()
+@click.option("--url", envvar="RELAY_URL", default="http://127.0.0.1:8080", show_default=True)
+def ls(url: str) -> None:
+    """List the streams of a running relay."""
+    _run(list_streams(url, click.echo))
+
+
+def _run(work: Any) -> None:
+    try:
+        uvloop.run(work)
+    except RelayError as error:
+        click.echo(f"relay: {error.detail or error.title}", err=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)
+
+
+def _logging(level: int = logging.INFO) -> None:
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+async def _serve(settings: Settings, announce: Callable[[str], str] = str) -> None:
+    """Run relay until it is told to stop. `announce` makes the line that says where it listens."""
+    _check_bind(settings)
+    with _listen(settings.host, settings.port) as listener:
+        app = App(settings, open_journal(settings))
+        try:
+            await app.start()
+            serving = server(app, app.drain)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, serving.handle_exit, number, None)
+            task = await _started(serving, listener)
+            host, port = listener.getsockname()[:2]
+            click.echo(announce(f"http://{f'[{host}]' if ':' in host else host}:{port}"))
+            await task
+        finally:
+            await app.close()
+
+
+async def _demo(port: int, journal: str) -> None:
+    async def nothing() -> None:
+        pass
+
+    with _listen("127.0.0.1", 0) as listener:
+        agent = server(sample_agent(), nothing, grace_s=1)
+        task = await _started(agent, listener)
+        upstream = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            await _serve(
+                Settings(upstream=upstream, journal=journal, port=port, drain_grace_s=1.0),
+                lambda url: (
+                    f"A sample agent that knows nothing of relay listens on {upstream}.\n"
+                    f"Open {url}/ and ask something. Stop with Ctrl-C."
+                ),
+            )
+        finally:
+            agent.should_exit = True
+            await task
+
+
+async def _started(serving: RelayServer, listener: socket.socket) -> asyncio.Task[None]:
+    """Serve on a socket; the task ends when the server does."""
+    task = asyncio.create_task(serving.serve([listener]))
+    ready = asyncio.create_task(serving.ready.wait())
+    await asyncio.wait((ready, task), return_when=asyncio.FIRST_COMPLETED)
+    ready.cancel()
+    return task
+
+
+def open_journal(settings: Settings) -> Journal:
+    """The journal a URL names; raises `StartupError`."""
+    url = settings.journal
+    scheme = urlsplit(url).scheme
+    if scheme in ("redis", "rediss", "unix"):
+        from relay.journal.redis_streams import RedisJournal
+
+        return RedisJournal(url, prefix=settings.redis_prefix, timeout_s=settings.journal_timeout_s)
+    if scheme == "sqlite":
+        from relay.journal.sqlite import SqliteJournal
+
+        path, _, query = url.removeprefix("sqlite://").partition("?")
+        options = dict(parse_qsl(query, keep_blank_values=True))
+        synchronous = options.pop("synchronous", "normal")
+        if not path.startswith("/") or path == "/" or options or synchronous not in ("normal", "full"):
+            raise StartupError(
+                f"--journal {url!r}: write sqlite:///relative.db or sqlite:////absolute.db, "
+                "with ?synchronous=full to survive a power cut."
+            )
+        return SqliteJournal(Path(path[1:]), synchronous=synchronous)
+    raise StartupError(f"--journal {_shown(url)!r} is neither redis://… nor sqlite:///….")
+
+
+def _check_bind(settings: Settings) -> None:
+    try:
+        loopback = settings.host == "localhost" or ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and not settings.insecure_bind:
+        raise StartupError(
+            f"relay has no authentication, so it does not listen on {settings.host}: whoever reaches it can "
+            "read every stream. Put something that authenticates before it and give --insecure-bind."
+        )
+
+
+@contextlib.contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise StartupError(
+                f"Cannot listen on {host} port {port}: {error.strerror}. Choose another --host or --port."
+            ) from None
+        yield listener
+
+
+def _shown(url: str) -> str:
+    """A journal URL without its password."""
+    parts = urlsplit(url)
+    if "@" not in parts.netloc:
+        return url
+    return parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]).geturl()

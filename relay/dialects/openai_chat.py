@@ -1,0 +1,70 @@
+"""OpenAI chat completions: `chat.completion.chunk` objects, then `[DONE]`.
+
+Source: the OpenAI API reference, "Chat / Streaming", and the OpenAI Python SDK, which raises `APIError`
+on an event whose data has a member `error`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from relay.dialects.base import Signal
+from relay.frame import Event
+from relay.lifecycle import Ending
+
+_DONE = b"[DONE]"
+
+
+def is_chunk(event: Event) -> bool:
+    """Whether an event is a chat completion chunk."""
+    payload = _payload(event)
+    return payload is not None and payload.get("object") == "chat.completion.chunk"
+
+
+class OpenAIChat:
+    """The chat completions stream of OpenAI and of the many servers compatible with it."""
+
+    name = "openai-chat"
+    needs_terminal = True
+
+    def read(self, event: Event) -> Signal:
+        """Text is every choice's `delta.content` and `delta.refusal`; `error` is an object or a string."""
+        if event.data == _DONE:
+            return Signal(terminal=True)
+        payload = _payload(event)
+        if payload is None:
+            return Signal()
+        if payload.get("error"):
+            return Signal(error=_error_text(payload["error"]))
+        return Signal(text_bytes=_text_bytes(payload.get("choices")))
+
+    def error_event(self, ending: Ending) -> Event | None:
+        """`{"error": {…}}`, on which the SDKs raise."""
+        message = ending.error or f"The answer was {ending.status}: {ending.reason}."
+        error = {"message": message, "type": f"relay_{ending.status}", "param": None, "code": ending.reason}
+        return Event("", orjson.dumps({"error": error}))
+
+
+def _payload(event: Event) -> dict[str, Any] | None:
+    try:
+        payload = orjson.loads(event.data)
+    except orjson.JSONDecodeError:
+        return None
+    return payload if isinstance(payload, dict) else None
+
+
+def _error_text(error: Any) -> str:
+    message = error.get("message") if isinstance(error, dict) else error
+    return message if isinstance(message, str) else orjson.dumps(error).decode()
+
+
+def _text_bytes(choices: Any) -> int:
+    total = 0
+    for choice in choices if isinstance(choices, list) else ():
+        delta = choice.get("delta") if isinstance(choice, dict) else None
+        if isinstance(delta, dict):
+            shown = (delta.get("content"), delta.get("refusal"))
+            total += sum(len(text.encode(errors="replace")) for text in shown if isinstance(text, str))
+    return total

@@ -1,0 +1,91 @@
+"""Which stream a proxied request belongs to, as far as the request itself tells."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import orjson
+
+from relay.errors import StartupError
+from relay.limits import check_stream_name
+
+_PATH_WORD = re.compile(r"\{stream\}")
+
+
+class NamingRules(NamedTuple):
+    """The `--stream-from` settings, in their order: the first that finds a name wins."""
+
+    rules: Sequence[Callable[[str, Callable[[str], str], Any], str]]
+    needs_body: bool
+
+    def find(self, raw_path: str, header: Callable[[str], str], body: Any) -> str:
+        """The stream's name, or "". `header` gives a header's value or ""; `body` is the parsed JSON or None.
+        Raises `InvalidName` when a rule finds something that cannot be a name."""
+        for rule in self.rules:
+            name = rule(raw_path, header, body)
+            if name:
+                return check_stream_name(name)
+        return ""
+
+
+def naming_rules(settings: Sequence[str]) -> NamingRules:
+    """Read `path:/chat/{stream}`, `body:/json/pointer` and `header:Name`; raises `StartupError`."""
+    rules: list[Callable[[str, Callable[[str], str], Any], str]] = []
+    needs_body = False
+    for setting in settings:
+        kind, _, rest = setting.partition(":")
+        if kind == "path" and rest.startswith("/") and len(_PATH_WORD.findall(rest)) == 1:
+            rules.append(_path_rule(rest))
+        elif kind == "body" and rest.startswith("/"):
+            rules.append(_body_rule(rest))
+            needs_body = True
+        elif kind == "header" and rest:
+            rules.append(_header_rule(rest.lower()))
+        else:
+            raise StartupError(
+                f"--stream-from {setting!r} is not path:/chat/{{stream}}, body:/json/pointer or header:Name."
+            )
+    return NamingRules(rules, needs_body)
+
+
+def _path_rule(pattern: str) -> Callable[[str, Callable[[str], str], Any], str]:
+    before, after = _PATH_WORD.split(pattern)
+    path = re.compile(re.escape(before) + r"([^/]+)" + re.escape(after))
+
+    def rule(raw_path: str, header: Callable[[str], str], body: Any) -> str:
+        match = path.fullmatch(raw_path)
+        return unquote(match[1]) if match else ""
+
+    return rule
+
+
+def _header_rule(name: str) -> Callable[[str, Callable[[str], str], Any], str]:
+    return lambda raw_path, header, body: header(name)
+
+
+def _body_rule(pointer: str) -> Callable[[str, Callable[[str], str], Any], str]:
+    # RFC 6901
+    keys = [part.replace("~1", "/").replace("~0", "~") for part in pointer[1:].split("/")]
+
+    def rule(raw_path: str, header: Callable[[str], str], body: Any) -> str:
+        for key in keys:
+            if isinstance(body, dict):
+                body = body.get(key)
+            elif isinstance(body, list) and key.isdigit() and int(key) < len(body):
+                body = body[int(key)]
+            else:
+                return ""
+        return body if isinstance(body, str) else str(body) if type(body) is int else ""
+
+    return rule
+
+
+def parse_json(body: bytes) -> Any:
+    """The body as JSON, None when it is none: upstream is the one to complain."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None

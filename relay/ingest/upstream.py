@@ -1,0 +1,208 @@
+"""The backend behind relay, spoken to as HTTP says and not more cleverly.
+
+aiohttp's conveniences are turned off: no redirects, no cookies, no decompression, no re-quoting of URLs, no
+total time limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Iterable
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from relay.errors import StartupError, UpstreamInvalid, UpstreamSlow, UpstreamUnreachable
+from relay.settings import Settings
+
+Headers = list[tuple[bytes, bytes]]
+
+READ_MAX_BYTES = 64 * 1024
+"""Bytes read from upstream before the journal has taken them; also one piece of decompressed data."""
+
+UPSTREAM_HEAD_MAX_BYTES = 64 * 1024
+"""Longest line of upstream's head."""
+
+# RFC 9110 section 7.6.1, and what proxies have called hop-by-hop since RFC 2616.
+_HOP_BY_HOP = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    )
+)
+
+
+class TruncatedBody(Exception):
+    """Upstream's answer broke off."""
+
+
+class IdleBody(Exception):
+    """Upstream said nothing for too long."""
+
+
+def end_to_end(headers: Iterable[tuple[bytes, bytes]], *drop: bytes) -> Headers:
+    """Headers without the hop-by-hop ones, those that `Connection` names, and `drop`. Names in lower case."""
+    kept = [(name.lower(), value) for name, value in headers]
+    dropped = _HOP_BY_HOP.union(drop)
+    for name, value in kept:
+        if name == b"connection":
+            dropped = dropped.union(token.strip().lower() for token in value.split(b","))
+    return [(name, value) for name, value in kept if name not in dropped]
+
+
+class Answer:
+    """The head of upstream's answer, and its body to be read once."""
+
+    def __init__(self, response: aiohttp.ClientResponse, idle_s: float) -> None:
+        self.status = response.status
+        self.headers: Headers = [(name.lower(), value) for name, value in response.raw_headers]
+        self._response = response
+        self._idle_s = idle_s or None
+
+    def header(self, name: bytes) -> str:
+        """A header's first value, or ""."""
+        for key, value in self.headers:
+            if key == name:
+                return value.decode("latin-1").strip()
+        return ""
+
+    @property
+    def media_type(self) -> str:
+        """The media type without parameters, in lower case."""
+        return self.header(b"content-type").partition(";")[0].strip().lower()
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """The body as it arrives, transfer coding removed. Raises `TruncatedBody`, `IdleBody`."""
+        content = self._response.content
+        try:
+            while True:
+                if self._idle_s is None:
+                    data = await content.readany()
+                else:
+                    async with asyncio.timeout(self._idle_s):
+                        data = await content.readany()
+                if not data:
+                    return
+                yield data
+        except TimeoutError:
+            raise IdleBody(f"Upstream was silent for {self._idle_s:g} s.") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise TruncatedBody(f"Upstream's answer broke off: {error or type(error).__name__}") from None
+
+    async def decoded_body(self) -> AsyncIterator[bytes]:
+        """The body with its content coding removed, in pieces of bounded size."""
+        encoding = self.header(b"content-encoding").lower()
+        if encoding in ("", "identity"):
+            async for data in self.body():
+                yield data
+            return
+        inflater = Inflater(encoding)
+        async for data in self.body():
+            for piece in inflater.feed(data):
+                yield piece
+        inflater.close()
+
+    def close(self) -> None:
+        """Break the connection to upstream, unless the body was read to its end."""
+        self._response.close()
+
+
+class Inflater:
+    """Removes a `gzip` or `deflate` coding; a bomb comes out in bounded pieces, one at a time."""
+
+    CODINGS = ("gzip", "x-gzip", "deflate")
+
+    def __init__(self, coding: str) -> None:
+        self._window_bits = zlib.MAX_WBITS if coding == "deflate" else zlib.MAX_WBITS | 16
+        self._stream = zlib.decompressobj(self._window_bits)
+
+    def feed(self, data: bytes) -> Iterable[bytes]:
+        """Pieces of at most `READ_MAX_BYTES`; raises `TruncatedBody` for data that is not so coded."""
+        try:
+            while data:
+                if self._stream.eof:  # a gzip body may have several members (RFC 1952 section 2.2)
+                    self._stream = zlib.decompressobj(self._window_bits)
+                piece = self._stream.decompress(data, READ_MAX_BYTES)
+                data = self._stream.unconsumed_tail or self._stream.unused_data
+                if piece:
+                    yield piece
+        except zlib.error as error:
+            raise TruncatedBody(f"Upstream's compressed answer cannot be read: {error}") from None
+
+    def close(self) -> None:
+        """Raises `TruncatedBody` when the data broke off."""
+        if not self._stream.eof:
+            raise TruncatedBody("Upstream's compressed answer broke off.")
+
+
+class Upstream:
+    """One configured backend and the connections to it."""
+
+    def __init__(self, base_url: str, settings: Settings) -> None:
+        url = URL(base_url)
+        if url.scheme not in ("http", "https") or not url.host:
+            raise StartupError(f"--upstream {base_url!r} is not an http:// or https:// URL.")
+        self._base = base_url.rstrip("/")
+        self._settings = settings
+        self._session: aiohttp.ClientSession | None = None
+
+    async def start(self) -> None:
+        """Make the session; connects to nothing yet."""
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=self._settings.upstream_connect_timeout_s, sock_read=None
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            requote_redirect_url=False,
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            max_line_size=UPSTREAM_HEAD_MAX_BYTES,
+            max_field_size=UPSTREAM_HEAD_MAX_BYTES,
+            read_bufsize=READ_MAX_BYTES,
+        )
+
+    async def close(self) -> None:
+        """Break every connection."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def call(
+        self, method: str, target: str, headers: Headers, body: AsyncIterator[bytes] | bytes | None
+    ) -> Answer:
+        """Send a request; `target` is its path and query as the client wrote them.
+
+        Raises `UpstreamUnreachable`, `UpstreamSlow` (no head within the header timeout), `UpstreamInvalid`.
+        """
+        assert self._session is not None
+        fields: CIMultiDict[str] = CIMultiDict()
+        for name, value in headers:
+            fields.add(name.decode("latin-1"), value.decode("latin-1"))
+        fields["Accept-Encoding"] = "identity"
+        try:
+            async with asyncio.timeout(self._settings.upstream_header_timeout_s):
+                response = await self._session.request(
+                    method,
+                    URL(self._base + target, encoded=True),
+                    headers=fields,
+                    data=body,
+                    allow_redirects=False,
+                )
+        except TimeoutError:
+            raise UpstreamSlow("Upstream did not send the head of its answer in time.") from None
+        except aiohttp.ClientConnectorError as error:
+            raise UpstreamUnreachable(f"Cannot connect to upstream: {error.strerror or error}") from None
+        except aiohttp.ClientResponseError as error:
+            raise UpstreamInvalid(f"Upstream's answer is not valid HTTP: {error.message}") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise UpstreamUnreachable(f"Upstream closed the connection: {type(error).__name__}") from None
+        return Answer(response, self._settings.upstream_idle_s)

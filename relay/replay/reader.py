@@ -1,0 +1,320 @@
+"""A reader: one cursor that moves through a stream, from the journal's pages into the tail.
+
+There is no handover between replay and live. Each turn of the loop asks the tail for what comes after the
+cursor, and the journal where the tail does not hold it; waiting happens only when neither has anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from enum import StrEnum
+
+from relay.cursor import Cursor, Standing, judge
+from relay.errors import JournalError, UnknownRun, UnknownStream
+from relay.frame import Frame
+from relay.journal.base import Page, RunInfo
+from relay.limits import PAGE_MAX_FRAMES
+from relay.replay.tail import WRITE_MAX_BYTES, Tail, Tails
+from relay.replay.view import Chunk, View, chunk
+from relay.sse import encode_wire
+
+Write = Callable[[bytes], Awaitable[None]]
+
+JOURNAL_RETRY_S = 0.25
+"""Pause of a reader whose journal is away."""
+
+
+class ReaderEnd(StrEnum):
+    """Why a reader ended."""
+
+    ENDED = "ended"
+    CLIENT_CLOSED = "client_closed"
+    SLOW = "slow"
+    DRAIN = "drain"
+    ROTATE = "rotate"
+    REVOKED = "revoked"
+    DELETED = "deleted"
+    ERROR = "error"
+
+
+class Reader:
+    """One subscribed client. A cursor, not a queue: it holds nothing but the write that is under way.
+
+    `position` is the last id it has; `resumed` says whether the client presented it; `page` is what the
+    journal said of it, None for a position that relay itself has just established. `ended_at` is the seq of
+    the terminal frame of a run that has ended already.
+    `rotate_at` is when it is sent to reconnect, on the loop's clock; None for one that cannot come back.
+    """
+
+    def __init__(
+        self,
+        tails: Tails,
+        stream: str,
+        view: View,
+        position: Cursor,
+        page: Page | None,
+        *,
+        resumed: bool = False,
+        ended_at: int | None = None,
+        rotate_at: float | None = None,
+    ) -> None:
+        self.rotate_at = rotate_at
+        self.stream = stream
+        self.view = view
+        self.position = position
+        self.terminal: Frame | None = None
+        self.heartbeat_due = False
+        self.blocked_since: float | None = None
+        self.written_at = tails.now()
+        self._tails = tails
+        self._tail: Tail | None = None
+        self._page: Page | None = page
+        self._resumed = resumed
+        self._ended_at = ended_at
+        self._generation = 0
+        self._told_live = False
+        self._connected = False
+        self._leaving: ReaderEnd | None = None
+        self._sleep: asyncio.Future[None] | None = None
+
+    # From outside
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        if self._sleep is not None and not self._sleep.done():
+            self._sleep.set_result(None)
+
+    def leave(self, end: ReaderEnd) -> None:
+        """End as soon as the write under way is over."""
+        if self._leaving is None:
+            self._leaving = end
+        self.wake()
+
+    # The loop
+
+    async def run(self, write: Write) -> ReaderEnd:
+        """Write everything from the cursor on until an end; `write` gets one batch at a time."""
+        tail = self._tail = self._tails.acquire(self.stream)
+        self._generation = tail.generation
+        try:
+            end = await self._serve(tail, write)
+            await self._say_goodbye(end, write)
+        finally:
+            self._tails.release(tail)
+        return end
+
+    async def _serve(self, tail: Tail, write: Write) -> ReaderEnd:
+        page, self._page = self._page, None
+        if page is not None:
+            await self._say_hello(page, write)
+            await self._show(page, write)
+        self._connected = True
+        while True:
+            if self._leaving is not None:
+                return self._leaving
+            if tail.deleted:
+                return ReaderEnd.DELETED
+            if self._ended_at is not None and self.position.seq >= self._ended_at:
+                return ReaderEnd.ENDED
+            if self.heartbeat_due:
+                self.heartbeat_due = False
+                await self._write(write, self.view.heartbeat(self.position))
+            if tail.generation == self._generation:
+                found = tail.next_chunk(self.view, self.position)
+                if found is not None:
+                    await self._pass_on(found, write)
+                    continue
+                if tail.known and tail.top == self.position:
+                    if tail.finished and self.view.run is None:
+                        return ReaderEnd.ENDED
+                    if not await self._say_live(write):
+                        await self._wait(tail)
+                    continue
+            try:
+                generation = tail.generation
+                page = await self._read_page()
+                self._generation = generation
+            except UnknownStream:
+                return ReaderEnd.DELETED
+            except JournalError:
+                await self._wait(tail, JOURNAL_RETRY_S)
+                continue
+            if page.frames or self._standing(page) is not Standing.HERE:
+                await self._show(page, write)
+            elif tail.next_chunk(self.view, self.position) is not None:
+                continue
+            elif tail.known and tail.top.seq != self.position.seq:
+                tail.doubt()
+                await self._wait(tail, JOURNAL_RETRY_S)
+            elif not await self._say_live(write):
+                await self._wait(tail)
+
+    async def _read_page(self) -> Page:
+        async with self._tails.page_slots:
+            return await self._tails.journal.read(
+                self.stream, self.position, PAGE_MAX_FRAMES, WRITE_MAX_BYTES
+            )
+
+    async def _show(self, page: Page, write: Write) -> None:
+        """Write a page of the journal, and before it what was lost, if anything was."""
+        standing = self._standing(page)
+        if standing is not Standing.HERE:
+            await self._say_loss(standing, page, write)
+        # After a reset the page does not hold what comes next; the next turn reads it.
+        if page.frames and page.frames[0].seq == self.position.seq + 1:
+            wires = [encode_wire(frame) for frame in page.frames]
+            await self._pass_on(chunk(self.view, page.frames, wires), write)
+
+    async def _pass_on(self, found: Chunk, write: Write) -> None:
+        if found.data:
+            await self._write(write, found.data)
+        self.position = found.last
+        if found.terminal is not None:
+            self.terminal = found.terminal
+            self._ended_at = found.terminal.seq
+
+    def _standing(self, page: Page) -> Standing:
+        return judge(self.position, page.extent, page.anchor_ms)
+
+    # Control frames of this connection
+
+    async def _say_hello(self, page: Page, write: Write) -> None:
+        extent = page.extent
+        hello = self.view.notice(
+            "hello",
+            self.position,
+            stream=self.stream,
+            cursor=str(self.position),
+            earliest=str(_earliest(page)),
+            top=str(extent.top),
+            resumed=self._resumed and self._standing(page) is Standing.HERE,
+        )
+        await self._write(write, hello)
+
+    async def _say_loss(self, standing: Standing, page: Page, write: Write) -> None:
+        position = page.extent.before_earliest
+        if standing is Standing.GAP:
+            notice = self.view.notice(
+                "gap", position, requested=str(self.position), earliest=str(_earliest(page))
+            )
+        else:
+            # A cursor that this connection established can only be ahead of a journal that was rewound.
+            rewound = standing is Standing.AHEAD and self._connected
+            reason = Standing.DIVERGED if rewound else standing
+            notice = self.view.notice("reset", position, reason=reason.value)
+            self._told_live = False
+        if not self.view.tells_loss:
+            raise LossUntold
+        await self._write(write, notice)
+        self.position = position
+        if self.view.run is not None:
+            await self._find_run_again()
+
+    async def _find_run_again(self) -> None:
+        """After a loss, learn whether the run's terminal frame is still to come."""
+        assert self.view.run is not None
+        try:
+            info = await self._tails.journal.run(self.stream, self.view.run)
+        except (UnknownStream, UnknownRun):
+            self._ended_at = 0
+            return
+        except JournalError:
+            return
+        self._ended_at = ended_at(info)
+
+    async def _say_live(self, write: Write) -> bool:
+        """Say once that replay has caught up; True when it was said now, and there may be news since."""
+        if self._told_live:
+            return False
+        self._told_live = True
+        await self._write(write, self.view.notice("live", self.position, cursor=str(self.position)))
+        return True
+
+    async def _say_goodbye(self, end: ReaderEnd, write: Write) -> None:
+        retry_ms = self._tails.retry_ms()
+        await self._write(write, self.view.notice("bye", self.position, reason=end.value, retry_ms=retry_ms))
+
+    # Writing and waiting
+
+    async def _write(self, write: Write, data: bytes) -> None:
+        if not data:
+            return
+        self.blocked_since = self._tails.now()
+        await write(data)
+        self.blocked_since = None
+        self.written_at = self._tails.now()
+
+    async def _wait(self, tail: Tail, longest_s: float | None = None) -> None:
+        if self._leaving is not None:
+            return
+        loop = asyncio.get_running_loop()
+        self._sleep = loop.create_future()
+        timer = None if longest_s is None else loop.call_later(longest_s, self.wake)
+        tail.wait(self)
+        try:
+            await self._sleep
+        finally:
+            self._sleep = None
+            if timer is not None:
+                timer.cancel()
+
+
+class Readers:
+    """Every open reader of this process. Visited on a slow clock, never on an append."""
+
+    def __init__(self, heartbeat_s: float, write_timeout_s: float) -> None:
+        self._heartbeat_s = heartbeat_s
+        self._write_timeout_s = write_timeout_s
+        self._open: dict[Reader, Callable[[], None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[Reader]:
+        return iter(self._open)
+
+    def add(self, reader: Reader, abort: Callable[[], None]) -> None:
+        """Look after a reader; `abort` breaks its connection at once."""
+        self._open[reader] = abort
+
+    def discard(self, reader: Reader) -> None:
+        """The reader has ended."""
+        self._open.pop(reader, None)
+
+    def visit(self, now: float) -> None:
+        """Cut readers that take nothing, rotate those that are old, send heartbeats to idle ones."""
+        for reader, abort in list(self._open.items()):
+            if reader.blocked_since is not None:
+                if now - reader.blocked_since > self._write_timeout_s:
+                    reader.leave(ReaderEnd.SLOW)
+                    abort()
+            elif reader.rotate_at is not None and now >= reader.rotate_at:
+                reader.leave(ReaderEnd.ROTATE)
+            elif now - reader.written_at >= self._heartbeat_s:
+                reader.heartbeat_due = True
+                reader.wake()
+
+    def drain(self) -> None:
+        """Send away everyone who can come back to another instance."""
+        for reader in self._open:
+            if reader.rotate_at is not None:
+                reader.leave(ReaderEnd.DRAIN)
+
+
+class LossUntold(Exception):
+    """Frames were lost to a reader that cannot be shown so in band: its connection must end."""
+
+
+def ended_at(info: RunInfo) -> int | None:
+    """The seq of a run's terminal frame, None while it is open."""
+    return info.last.seq if info.ended_ms else None
+
+
+def _earliest(page: Page) -> Cursor:
+    """The id of the earliest frame held, as well as it is known here."""
+    seq = page.extent.earliest_seq
+    for frame in page.frames[:1]:
+        if frame.seq == seq:
+            return frame.id
+    return page.extent.top if seq == page.extent.top.seq else Cursor(seq, page.extent.created_ms)

@@ -1,0 +1,93 @@
+"""The last step of the main path: a reader's bytes as an HTTP response."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import orjson
+
+from relay.errors import RelayError
+from relay.replay.reader import LossUntold, Reader, ReaderEnd, Readers
+
+log = logging.getLogger("relay.reader")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+CONNECTION = "relay.connection"
+"""The ASGI extension that lets a response be told of a lost client and break its connection at once."""
+
+STREAMING_HEADERS: Headers = [
+    (b"cache-control", b"no-cache, no-store, no-transform"),
+    (b"x-accel-buffering", b"no"),
+    (b"vary", b"Last-Event-ID"),
+]
+
+
+async def serve_reader(
+    reader: Reader,
+    readers: Readers,
+    scope: Scope,
+    send: Send,
+    *,
+    status: int,
+    headers: Headers,
+    prime: bytes = b"",
+    whole: Callable[[Reader], Awaitable[bool]] | None = None,
+) -> ReaderEnd:
+    """Serve one reader to its end and say how it ended.
+
+    `prime` is written first. `whole`, asked when the reader ended, says whether the answer may be closed as a
+    complete one; otherwise the connection is broken, so that no client takes the part for the whole.
+    """
+    connection = scope["extensions"][CONNECTION]
+
+    async def write(data: bytes) -> None:
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    readers.add(reader, connection.abort)
+    connection.on_lost = lambda: reader.leave(ReaderEnd.CLIENT_CLOSED)
+    try:
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        if prime:
+            await write(prime)
+        try:
+            end = await reader.run(write)
+            complete = whole is None or (end is ReaderEnd.ENDED and await whole(reader))
+        except LossUntold:
+            end, complete = ReaderEnd.ERROR, False
+        if complete:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            connection.finish_and_abort()
+    finally:
+        connection.on_lost = None
+        readers.discard(reader)
+    log.info("reader ended stream=%s reason=%s cursor=%s", reader.stream, end, reader.position)
+    return end
+
+
+async def send_no_content(send: Send) -> None:
+    """204: nothing remains and nothing more will come, so an EventSource stops for good."""
+    headers = [(b"cache-control", b"no-store"), (b"vary", b"Last-Event-ID")]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def send_problem(error: RelayError, send: Send) -> None:
+    """An error as `application/problem+json`."""
+    body = orjson.dumps(error.problem())
+    headers = [
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-store"),
+    ]
+    if error.status == 503:
+        headers.append((b"retry-after", b"1"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

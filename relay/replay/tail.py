@@ -1,0 +1,399 @@
+"""Tails: the recent frames of followed streams, held once per process and shared by every reader here.
+
+The journal's follow messages are hints. A tail takes a batch only when it begins exactly where the tail
+ends; anything else is a doubt, and the tail reads the journal from its own end on. So what a tail holds is
+always an unbroken piece of the journal, and a reader needs nothing but its cursor to go from pages of the
+journal to the tail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
+
+from relay.cursor import ORIGIN, Cursor, Standing, judge
+from relay.errors import RelayError, UnknownStream
+from relay.frame import CONTROL_EVENT, Frame
+from relay.journal.base import Journal
+from relay.limits import PAGE_MAX_BYTES, PAGE_MAX_FRAMES
+from relay.replay.view import Chunk, View, chunk, is_terminal
+from relay.settings import Settings
+from relay.sse import encode_wire
+
+log = logging.getLogger("relay.tail")
+
+WRITE_MAX_BYTES = 256 * 1024
+"""Data bytes joined into one write. Bounds what one stalled reader holds."""
+
+LINGER_S = 5.0
+"""A tail without readers is kept so long: a reader that was cut comes back to a warm ring."""
+
+UNSETTLED_MAX_BATCHES = 256
+"""Batches kept aside while the journal is read; what comes beyond that is read from the journal too."""
+
+PAGES_AT_ONCE = 32
+"""Journal pages read at the same time by this process, so that a storm of reconnects stays in bounds."""
+
+RETRY_S = 0.25
+"""Pause before a doubt that the journal could not settle is put to it again."""
+
+
+class Sleeper(Protocol):
+    """A reader that waits for news."""
+
+    def wake(self) -> None:
+        """There is news. Must not block; may be called when awake."""
+
+
+class Tail:
+    """The newest frames of one stream. `top` is the last id known here."""
+
+    def __init__(self, stream: str, tails: Tails) -> None:
+        self.stream = stream
+        self.top = ORIGIN
+        self.known = False
+        """Whether the journal has told where the stream stands; before that the tail holds nothing."""
+        self.deleted = False
+        self.generation = 0
+        """Counts the times the journal was found to be another than the one read before."""
+        self.readers = 0
+        self.active_at = 0.0
+        self._tails = tails
+        self._sealed = False
+        self._open_runs: set[str] = set()
+        self._floor = ORIGIN  # the id just before the first frame held
+        self._frames: list[Frame] = []
+        self._wires: list[bytes] = []
+        self._bytes = 0
+        self._chunks: dict[tuple[object, int], Chunk] = {}
+        self._waiting: set[Sleeper] = set()
+        self._unsettled: list[tuple[Cursor, Sequence[Frame]]] = []
+        self._doubted = False
+        self._settling: asyncio.Task[None] | None = None
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._flushed_at = 0.0
+        self.idle_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Nothing more will come: sealed, and no run is open."""
+        return self.known and self._sealed and not self._open_runs
+
+    # What readers do
+
+    def next_chunk(self, view: View, position: Cursor) -> Chunk | None:
+        """The encoded frames after `position`, one write's worth; None when the tail does not hold them."""
+        first = position.seq - self._floor.seq
+        if not 0 <= first < len(self._frames):
+            return None
+        before = self._floor if first == 0 else self._frames[first - 1].id
+        if before != position:
+            return None
+        key = (view.key, position.seq)
+        found = self._chunks.get(key)
+        if found is None:
+            last = self._write_end(first)
+            found = chunk(view, self._frames[first:last], self._wires[first:last])
+            self._chunks[key] = found
+        return found
+
+    def wait(self, sleeper: Sleeper) -> None:
+        """Wake `sleeper` once, when there is news."""
+        self._waiting.add(sleeper)
+
+    def _write_end(self, first: int) -> int:
+        size = 0
+        for index in range(first, len(self._wires)):
+            size += len(self._wires[index])
+            if size >= WRITE_MAX_BYTES:
+                return index + 1
+        return len(self._wires)
+
+    # What the journal tells
+
+    def on_frames(self, previous: Cursor, frames: Sequence[Frame]) -> None:
+        """Take a batch that continues the tail; doubt anything else that is not a plain repetition."""
+        if self._settling is not None:
+            if len(self._unsettled) < UNSETTLED_MAX_BATCHES:
+                self._unsettled.append((previous, frames))
+            else:
+                self._doubted = True
+        elif not self.known:
+            self.doubt()
+        elif previous == self.top:
+            self._take(frames)
+        elif not self._holds(frames[-1]):
+            self.doubt()
+
+    def on_deleted(self) -> None:
+        """The stream is gone: readers are told and leave."""
+        self.deleted = True
+        self._wake()
+
+    def doubt(self) -> None:
+        """Read the journal: something may have been missed."""
+        self._doubted = True
+        if self._settling is None:
+            self._settling = self._tails.spawn(self._settle())
+
+    def _holds(self, frame: Frame) -> bool:
+        index = frame.seq - self._floor.seq - 1
+        return 0 <= index < len(self._frames) and self._frames[index].ms == frame.ms
+
+    async def _settle(self) -> None:
+        try:
+            while self._doubted and not self.deleted:
+                self._doubted = False
+                try:
+                    await self._read_journal()
+                except UnknownStream:
+                    self._lost()
+                except RelayError as error:
+                    log.warning("stream=%s cannot be checked: %s", self.stream, error)
+                    self._doubted = True
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            self._settling = None
+            unsettled, self._unsettled = self._unsettled, []
+        for previous, frames in unsettled:
+            self.on_frames(previous, frames)
+
+    async def _read_journal(self) -> None:
+        journal = self._tails.journal
+        if not self.known:
+            await self._restart(count=False)
+            return
+        page = await journal.read(self.stream, self.top, PAGE_MAX_FRAMES, PAGE_MAX_BYTES)
+        standing = judge(self.top, page.extent, page.anchor_ms)
+        if standing is Standing.HERE and not page.more:
+            if page.frames:
+                self._take(page.frames)
+        else:
+            # Too far behind to catch up in memory, or not the journal read before: begin anew at its end.
+            await self._restart(count=standing not in (Standing.HERE, Standing.GAP))
+
+    async def _restart(self, *, count: bool) -> None:
+        info = await self._tails.journal.describe(self.stream)
+        self._forget()
+        self.known = True
+        self.top = self._floor = info.extent.top
+        self._sealed = info.sealed
+        self._open_runs = set(info.open_runs)
+        if count:
+            self.generation += 1
+        self._wake()
+
+    def _lost(self) -> None:
+        # Not created yet, or gone with its journal.
+        if self.known and self.top != ORIGIN:
+            self.generation += 1
+        self._forget()
+        self.known, self.top, self._floor = True, ORIGIN, ORIGIN
+        self._sealed = False
+        self._open_runs.clear()
+        self._wake()
+
+    def _forget(self) -> None:
+        self._tails.held_bytes -= self._bytes
+        self._bytes = 0
+        self._frames.clear()
+        self._wires.clear()
+        self._chunks.clear()
+
+    def _take(self, frames: Sequence[Frame]) -> None:
+        size = 0
+        for frame in frames:
+            wire = encode_wire(frame)
+            size += len(wire)
+            self._frames.append(frame)
+            self._wires.append(wire)
+            if frame.event == CONTROL_EVENT:
+                self._note_control(frame)
+        self._bytes += size
+        self._tails.held_bytes += size
+        self.top = frames[-1].id
+        self._chunks.clear()
+        self._shrink(len(frames))
+        self._flush_soon()
+
+    def _note_control(self, frame: Frame) -> None:
+        if is_terminal(frame):
+            self._open_runs.discard(frame.run)
+        elif frame.data.startswith(b'{"type":"run.started"'):
+            self._open_runs.add(frame.run)
+            if frame.seq == 1 and not self._sealed:
+                # A stream that was made just now may have been made sealed, which no frame tells.
+                self.known = False
+                self.doubt()
+
+    def _shrink(self, newest: int) -> None:
+        settings = self._tails.settings
+        over = self._tails.held_bytes > settings.rings_max_bytes
+        fits = self._bytes <= settings.ring_max_bytes and len(self._frames) <= settings.ring_max_frames
+        if fits and not over:
+            return
+        # Down to three quarters, so that shrinking is rare; the newest batch always stays.
+        max_bytes = 0 if over else settings.ring_max_bytes * 3 // 4
+        max_frames = settings.ring_max_frames * 3 // 4
+        drop = 0
+        while drop < len(self._frames) - newest and (
+            self._bytes > max_bytes or len(self._frames) - drop > max_frames
+        ):
+            size = len(self._wires[drop])
+            self._bytes -= size
+            self._tails.held_bytes -= size
+            drop += 1
+        if drop:
+            self._floor = self._frames[drop - 1].id
+            del self._frames[:drop]
+            del self._wires[:drop]
+
+    # Waking readers
+
+    def _flush_soon(self) -> None:
+        """The first frame after quiet wakes at once; under load, readers are woken once a grouping window."""
+        now = self._tails.now()
+        self.active_at = now
+        due = self._flushed_at + self._tails.group_s
+        if now >= due:
+            self._flushed_at = now
+            self._wake()
+        elif self._flush_timer is None:
+            self._flush_timer = self._tails.call_at(due, self._flush)
+
+    def _flush(self) -> None:
+        self._flush_timer = None
+        self._flushed_at = self._tails.now()
+        self._wake()
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, set()
+        for sleeper in waiting:
+            sleeper.wake()
+
+    def close(self) -> None:
+        """Forget everything; the tail is not used any more."""
+        self._forget()
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+        if self._settling is not None:
+            self._settling.cancel()
+
+
+class Tails:
+    """Every tail of this process, and the journal's follower."""
+
+    def __init__(self, journal: Journal, settings: Settings) -> None:
+        self.journal = journal
+        self.settings = settings
+        self.group_s = settings.group_ms / 1000
+        self.held_bytes = 0
+        self.page_slots = asyncio.Semaphore(PAGES_AT_ONCE)
+        self._tails: dict[str, Tail] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    # Following
+
+    def on_frames(self, stream: str, previous: Cursor, frames: Sequence[Frame]) -> None:
+        """The journal's hint of an append."""
+        tail = self._tails.get(stream)
+        if tail is not None:
+            tail.on_frames(previous, frames)
+
+    def on_deleted(self, stream: str) -> None:
+        """The journal's hint of a deletion. Who comes next gets a new tail."""
+        tail = self._tails.pop(stream, None)
+        if tail is not None:
+            tail.on_deleted()
+            self._discard(tail)
+            self.journal.unwatch(stream)
+
+    def on_doubt(self, stream: str) -> None:
+        """The journal cannot promise that nothing was missed."""
+        tail = self._tails.get(stream)
+        if tail is not None:
+            tail.doubt()
+
+    async def check_quiet(self) -> None:
+        """Compare streams that were quiet for a while with the journal: a lost hint shows here."""
+        horizon = self.now() - self.settings.quiet_check_s
+        quiet = [tail for tail in self._tails.values() if tail.known and tail.active_at <= horizon]
+        if not quiet:
+            return
+        tops = await self.journal.tops([tail.stream for tail in quiet])
+        for tail in quiet:
+            if tops.get(tail.stream, ORIGIN) != tail.top:
+                tail.doubt()
+
+    # Holding
+
+    def acquire(self, stream: str) -> Tail:
+        """The stream's tail, kept until it is released as often as it was acquired."""
+        tail = self._tails.get(stream)
+        if tail is None:
+            tail = self._tails[stream] = Tail(stream, self)
+            tail.active_at = self.now()
+            self.journal.watch(stream)
+        if tail.idle_timer is not None:
+            tail.idle_timer.cancel()
+            tail.idle_timer = None
+        tail.readers += 1
+        return tail
+
+    def release(self, tail: Tail) -> None:
+        """Give a tail back."""
+        tail.readers -= 1
+        if tail.readers == 0 and not self._closed and self._tails.get(tail.stream) is tail:
+            tail.idle_timer = self.call_at(self.now() + LINGER_S, lambda: self._drop_idle(tail))
+
+    def readers_of(self, stream: str) -> int:
+        """How many readers of this process hold the stream."""
+        tail = self._tails.get(stream)
+        return 0 if tail is None else tail.readers
+
+    def __len__(self) -> int:
+        return len(self._tails)
+
+    def _drop_idle(self, tail: Tail) -> None:
+        if self._tails.get(tail.stream) is tail:
+            del self._tails[tail.stream]
+            self.journal.unwatch(tail.stream)
+        self._discard(tail)
+
+    def _discard(self, tail: Tail) -> None:
+        if tail.idle_timer is not None:
+            tail.idle_timer.cancel()
+            tail.idle_timer = None
+        tail.close()
+
+    def close(self) -> None:
+        """Drop every tail."""
+        self._closed = True
+        for tail in self._tails.values():
+            self._discard(tail)
+        self._tails.clear()
+
+    # The loop
+
+    def retry_ms(self) -> int:
+        """How long a reader is told to wait before it comes back: jittered, so that not all come at once."""
+        return round(self.settings.retry_ms * random.uniform(0.5, 1.5))
+
+    def now(self) -> float:
+        """Seconds on the loop's clock."""
+        return asyncio.get_running_loop().time()
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        """Call back at a time of the loop's clock."""
+        return asyncio.get_running_loop().call_at(when, callback)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a rare piece of work (never one per frame) beside the readers."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

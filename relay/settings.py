@@ -1,0 +1,75 @@
+"""Every setting of `relay serve`, once: its flag, its environment variable, its default and its meaning.
+
+A field `heartbeat_s` is the flag `--heartbeat-s` and the variable `RELAY_HEARTBEAT_S`; flags win.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from relay.journal.base import Retention
+from relay.limits import FRAME_MAX_BYTES
+
+
+def _setting(default: Any, meaning: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": meaning} | metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Units are in the names: `_s` seconds, `_ms` milliseconds, `_bytes` bytes."""
+
+    upstream: str = _setting("", "Base URL of the agent backend; without it relay only serves /relay.")
+    journal: str = _setting("sqlite:///relay.db", "Where frames are kept: redis://… or sqlite:///path.")
+    host: str = _setting("127.0.0.1", "Address to listen on.")
+    port: int = _setting(8080, "Port to listen on; 0 picks a free one.")
+    insecure_bind: bool = _setting(False, "Allow an address other than loopback without authentication.")
+
+    stream_from: tuple[str, ...] = _setting(
+        (), "Where a request names its stream: path:/chat/{stream}, body:/pointer or header:Name. Repeatable."
+    )
+    passthrough: tuple[str, ...] = _setting((), "Paths (globs) that are never journaled. Repeatable.")
+    journal_down: str = _setting(
+        "fail", "A stream that begins while the journal is away: fail or passthrough.",
+        choices=("fail", "passthrough"),
+    )  # fmt: skip
+    dialect: str = _setting("", "Treat every stream as this dialect instead of detecting it.")
+
+    redis_prefix: str = _setting("relay", "First part of every Redis key and channel.")
+    journal_timeout_s: float = _setting(5.0, "Longest wait for one answer of the journal.")
+    journal_deadline_s: float = _setting(60.0, "How long a run waits for a journal that went away.")
+    max_frames: int = _setting(Retention().max_frames, "Frames a stream keeps; 0 is no bound.")
+    max_bytes: int = _setting(Retention().max_bytes, "Data bytes a stream keeps; 0 is no bound.")
+    retention_s: int = _setting(Retention().retention_s, "A stream is dropped so long after its last append.")
+
+    frame_max_bytes: int = _setting(FRAME_MAX_BYTES, "Largest frame.")
+    open_runs_max: int = _setting(10_000, "Open proxied runs of this process.")
+    readers_max: int = _setting(20_000, "Open readers of this process.")
+    keyed_body_max_bytes: int = _setting(
+        16 * 1024 * 1024, "Largest request body with an Idempotency-Key, or read for a stream's name."
+    )
+    idempotency_keep_s: float = _setting(24 * 3600.0, "How long an Idempotency-Key is remembered.")
+    claim_lease_s: float = _setting(15.0, "A pending Idempotency-Key lapses so long after its holder died.")
+
+    upstream_connect_timeout_s: float = _setting(10.0, "Longest wait for a connection to upstream.")
+    upstream_header_timeout_s: float = _setting(300.0, "Longest wait for the head of upstream's answer.")
+    upstream_idle_s: float = _setting(0.0, "A stream silent for so long fails; 0 is never.")
+    abandon_s: float = _setting(600.0, "A raw run that nobody read for so long is cancelled; 0 is never.")
+    max_run_s: float = _setting(24 * 3600.0, "A run is cancelled after so long; 0 is never.")
+
+    heartbeat_s: float = _setting(15.0, "Silence after which a reader is sent a heartbeat.")
+    write_timeout_s: float = _setting(30.0, "A reader that takes nothing for so long is cut.")
+    reader_max_s: float = _setting(3600.0, "A GET is rotated after about so long.")
+    retry_ms: int = _setting(1000, "Pause that clients are told to keep before they reconnect.")
+    group_ms: float = _setting(3.0, "Under load, one stream's frames are written together over so long.")
+    ring_max_frames: int = _setting(4096, "Recent frames kept in memory per followed stream.")
+    ring_max_bytes: int = _setting(1024 * 1024, "Recent data bytes kept in memory per followed stream.")
+    rings_max_bytes: int = _setting(256 * 1024 * 1024, "Recent data bytes kept in memory per process.")
+    quiet_check_s: float = _setting(2.0, "A followed stream quiet for so long is checked in the journal.")
+    drain_grace_s: float = _setting(10.0, "Time that open runs get to finish at shutdown.")
+
+    @property
+    def retention(self) -> Retention:
+        """What a stream made by relay keeps."""
+        return Retention(self.max_frames, self.max_bytes, self.retention_s)

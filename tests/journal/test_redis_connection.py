@@ -1,0 +1,274 @@
+"""Lanes and the follow link: many callers, few connections, and what happens when one breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import hiredis
+import pytest
+from redis_server import RedisServer
+
+from relay.errors import JournalRefused, JournalUnavailable
+from relay.journal import redis_connection
+from relay.journal.redis_connection import Address, FollowLink, Lane, as_journal_error, error_names, pack
+
+DEADLINE_S = 30.0
+
+
+@pytest.fixture
+def own_server() -> Iterator[RedisServer]:
+    """A server this test may kill."""
+    server = RedisServer.start("--appendonly", "yes", "--appendfsync", "always")
+    yield server
+    server.stop()
+
+
+@asynccontextmanager
+async def lane(server: RedisServer, timeout_s: float = DEADLINE_S) -> AsyncIterator[Lane]:
+    opened = Lane(Address(server.url()), "test", timeout_s)
+    await opened.open()
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+async def connection_id(opened: Lane) -> int:
+    """Of the connection the lane uses now; waits while there is none."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            try:
+                found: int = await opened.submit(pack("CLIENT", "ID"))
+                return found
+            except JournalUnavailable:
+                continue
+
+
+@pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", "redis://localhost?no_such_option=1"])
+def test_an_address_that_cannot_be_meant_is_refused(url: str) -> None:
+    with pytest.raises(ValueError):
+        Address(url)
+
+
+def test_an_address_names_its_place_without_the_password() -> None:
+    assert Address("redis://user:secret@example.org:7000/3?protocol=3").name == "example.org:7000/3"
+    assert Address("unix:///run/redis.sock?db=2").name == "/run/redis.sock/2"
+
+
+def test_error_replies_are_told_apart() -> None:
+    """The code stands first, or after a dash where Redis 6.2 reports what a script met."""
+    old_style = hiredis.ReplyError("ERR Error running script (call to f_0): @user_script:1: -OOM not allowed")
+    assert error_names(old_style, "OOM")
+    assert isinstance(as_journal_error(old_style), JournalRefused)
+    for text in ("OOM command not allowed", "MISCONF disk", "NOREPLICAS few", "WRONGTYPE other"):
+        assert isinstance(as_journal_error(hiredis.ReplyError(text)), JournalRefused)
+    for text in (
+        "LOADING dataset",
+        "READONLY replica",
+        "MASTERDOWN link",
+        "CLUSTERDOWN",
+        "TRYAGAIN",
+        "BUSY now",
+    ):
+        assert isinstance(as_journal_error(hiredis.ReplyError(text)), JournalUnavailable)
+
+
+def test_every_caller_gets_its_own_reply(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with lane(redis_server) as opened:
+            single = [opened.submit(pack("ECHO", f"{number}")) for number in range(3000)]
+            group = opened.submit(pack("MULTI") + pack("ECHO", "in") + pack("EXEC"), 3)
+            assert [int(reply) for reply in await asyncio.gather(*single)] == list(range(3000))
+            assert await group == [b"OK", b"QUEUED", [b"in"]]
+
+    asyncio.run(scenario())
+
+
+def test_an_error_reply_is_a_result_and_harms_nobody_else(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with lane(redis_server) as opened:
+            replies = [opened.submit(pack(command)) for command in ("PING", "NONSENSE", "PING")]
+            first, second, third = await asyncio.gather(*replies)
+            assert (first, third) == (b"PONG", b"PONG")
+            assert isinstance(second, hiredis.ReplyError)
+
+    asyncio.run(scenario())
+
+
+def test_replies_larger_than_a_read_arrive_whole(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with lane(redis_server) as opened:
+            large = [bytes([65 + number]) * (3_000_000 + number) for number in range(4)]
+            assert await asyncio.gather(*(opened.submit(pack("ECHO", data)) for data in large)) == large
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_caller_does_not_shift_the_replies_of_others(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with lane(redis_server) as opened:
+            await opened.submit(pack("DEL", "cancelled"))
+            never_sent = opened.submit(pack("INCR", "cancelled"))
+            never_sent.cancel()
+            after = opened.submit(pack("ECHO", "after"))
+            assert await after == b"after"
+            assert await opened.submit(pack("GET", "cancelled")) is None
+
+    asyncio.run(scenario())
+
+
+def test_a_stopped_server_is_unavailable_in_time_and_comes_back(own_server: RedisServer) -> None:
+    """In flight or waiting, everything is answered by the deadline; afterwards the lane heals by itself."""
+
+    async def scenario() -> None:
+        async with lane(own_server, timeout_s=0.5) as opened:
+            before = await connection_id(opened)
+            own_server.pause()
+            started = asyncio.get_running_loop().time()
+            in_flight = opened.submit(pack("PING"))
+            with pytest.raises(JournalUnavailable, match="not known"):
+                await asyncio.wait_for(in_flight, DEADLINE_S)
+            with pytest.raises(JournalUnavailable):
+                await asyncio.wait_for(opened.submit(pack("PING")), DEADLINE_S)
+            assert asyncio.get_running_loop().time() - started >= 0.5
+            own_server.resume()
+            assert await connection_id(opened) != before
+
+    asyncio.run(scenario())
+
+
+def test_what_waits_while_the_server_is_away_is_sent_when_it_is_back(own_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with lane(own_server) as opened:
+            own_server.kill()
+            await asyncio.wait_for(opened.lost(), DEADLINE_S)
+            answers = [opened.submit(pack("ECHO", f"{number}")) for number in range(100)]
+            await asyncio.to_thread(own_server.restart)
+            assert [int(reply) for reply in await asyncio.gather(*answers)] == list(range(100))
+
+    asyncio.run(scenario())
+
+
+def test_waiting_commands_are_bounded(own_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_connection, "WAITING_MAX", 5)
+
+    async def scenario() -> None:
+        async with lane(own_server) as opened:
+            answers = [opened.submit(pack("PING")) for _ in range(5)]
+            with pytest.raises(JournalUnavailable, match="wait"):
+                opened.submit(pack("PING"))
+            assert await asyncio.gather(*answers) == [b"PONG"] * 5
+
+    asyncio.run(scenario())
+
+
+def test_closing_fails_whatever_waits(own_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with lane(own_server) as opened:
+            own_server.pause()
+            answer = opened.submit(pack("PING"))
+            await opened.close()
+            with pytest.raises(JournalUnavailable):
+                await answer
+            with pytest.raises(JournalUnavailable):
+                opened.submit(pack("PING"))
+        own_server.resume()
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_became_a_replica_costs_the_connection(own_server: RedisServer) -> None:
+    """READONLY: another attempt may lead to the new primary."""
+
+    async def scenario() -> None:
+        async with lane(own_server) as opened:
+            before = await connection_id(opened)
+            await opened.submit(pack("REPLICAOF", "127.0.0.1", "1"))
+            with pytest.raises(JournalUnavailable):
+                await opened.submit(pack("SET", "a", "b"))
+            assert await connection_id(opened) != before
+
+    asyncio.run(scenario())
+
+
+class Channels:
+    """Remembers what a follow link said."""
+
+    def __init__(self) -> None:
+        self.messages: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
+        self.subscribed: asyncio.Queue[bytes] = asyncio.Queue()
+
+    def link(self, server: RedisServer, timeout_s: float = DEADLINE_S) -> FollowLink:
+        return FollowLink(
+            Address(server.url()),
+            timeout_s,
+            lambda channel, payload: self.messages.put_nowait((channel, payload)),
+            self.subscribed.put_nowait,
+        )
+
+
+def test_a_silent_link_is_pinged_and_a_dead_one_replaced(
+    own_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_connection, "FOLLOW_PING_S", 0.1)
+
+    async def scenario() -> None:
+        channels = Channels()
+        link = channels.link(own_server, timeout_s=1.0)
+        await link.open()
+        link.subscribe(b"c")
+        assert await asyncio.wait_for(channels.subscribed.get(), DEADLINE_S) == b"c"
+        own_server.pause()
+        async with asyncio.timeout(DEADLINE_S):
+            await link.lost()
+        own_server.resume()
+        assert await asyncio.wait_for(channels.subscribed.get(), DEADLINE_S) == b"c"
+        with own_server.client() as client:
+            client.publish("c", "after")
+        assert await asyncio.wait_for(channels.messages.get(), DEADLINE_S) == (b"c", b"after")
+        await link.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_silent_link_that_answers_is_kept(own_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_connection, "FOLLOW_PING_S", 0.02)
+
+    async def scenario() -> None:
+        channels = Channels()
+        link = channels.link(own_server, timeout_s=0.5)
+        link.subscribe(b"c")
+        await link.open()
+        with own_server.client() as client:
+            pings = before = client.info("commandstats")["cmdstat_ping"]["calls"]
+            async with asyncio.timeout(DEADLINE_S):
+                while pings < before + 3:
+                    info = await asyncio.to_thread(client.info, "commandstats")
+                    pings = info["cmdstat_ping"]["calls"]
+        assert channels.subscribed.qsize() == 1
+        await link.close()
+
+    asyncio.run(scenario())
+
+
+def test_wishes_of_one_moment_end_in_the_last_one(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        channels = Channels()
+        link = channels.link(redis_server)
+        link.subscribe(b"early")
+        await link.open()
+        assert await asyncio.wait_for(channels.subscribed.get(), DEADLINE_S) == b"early"
+        link.subscribe(b"gone")
+        link.unsubscribe(b"gone")
+        link.unsubscribe(b"early")
+        link.subscribe(b"early")
+        assert await asyncio.wait_for(channels.subscribed.get(), DEADLINE_S) == b"early"
+        with redis_server.client() as client:
+            assert client.publish("gone", "x") == 0
+            assert client.publish("early", "x") == 1
+        assert await asyncio.wait_for(channels.messages.get(), DEADLINE_S) == (b"early", b"x")
+        await link.close()
+
+    asyncio.run(scenario())

@@ -1,0 +1,574 @@
+"""What only the Redis backend has: keys, scripts, connections, and a server that can fail."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import pytest
+import redis
+from redis_server import RedisServer
+
+from relay.cursor import ORIGIN, Cursor
+from relay.errors import JournalRefused, JournalUnavailable, StartupError
+from relay.frame import Event, Frame, run_ended, run_started
+from relay.journal.base import Append, Page, Retention, RunOpening
+from relay.journal.redis_streams import RedisJournal, _check_server
+from relay.lifecycle import Ending, Reason, ending
+
+T = TypeVar("T")
+
+DEADLINE_S = 30.0
+
+
+class Ear:
+    """A follower that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.frames: list[tuple[str, Cursor, Sequence[Frame]]] = []
+        self.doubts: list[str] = []
+        self.deleted: list[str] = []
+        self._told = asyncio.Event()
+
+    def on_frames(self, stream: str, previous: Cursor, frames: Sequence[Frame]) -> None:
+        self.frames.append((stream, previous, frames))
+        self._told.set()
+
+    def on_deleted(self, stream: str) -> None:
+        self.deleted.append(stream)
+        self._told.set()
+
+    def on_doubt(self, stream: str) -> None:
+        self.doubts.append(stream)
+        self._told.set()
+
+    async def until(self, heard: Callable[[], bool]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not heard():
+                self._told.clear()
+                await self._told.wait()
+
+
+@pytest.fixture
+def own_server() -> Iterator[RedisServer]:
+    """A server this test may configure or kill; it keeps what it accepted."""
+    server = RedisServer.start("--appendonly", "yes", "--appendfsync", "always")
+    yield server
+    server.stop()
+
+
+@asynccontextmanager
+async def opened(
+    server: RedisServer, *, db: int = 0, prefix: str = "relay", timeout_s: float = DEADLINE_S
+) -> AsyncIterator[tuple[RedisJournal, Ear]]:
+    journal, ear = RedisJournal(server.url(db), prefix=prefix, timeout_s=timeout_s), Ear()
+    await journal.start(ear)
+    try:
+        yield journal, ear
+    finally:
+        await journal.close()
+
+
+def opening(stream: str, run: str = "r1", retention: Retention | None = None) -> RunOpening:
+    return RunOpening(stream, run, f"writer-{run}", f"token-{stream}-{run}", retention or Retention())
+
+
+def batch(stream: str, seq: int, *data: bytes, run: str = "r1", end: Ending | None = None) -> Append:
+    return Append(stream, run, f"writer-{run}", seq, [Event("e", each) for each in data], ending=end)
+
+
+async def read_all(journal: RedisJournal, stream: str) -> list[Frame]:
+    frames: list[Frame] = []
+    page: Page | None = None
+    while page is None or page.more:
+        page = await journal.read(stream, frames[-1].id if frames else ORIGIN, 100, 1_000_000)
+        frames += page.frames
+    return frames
+
+
+async def persistently(operation: Callable[[], Awaitable[T]]) -> T:
+    """Repeat while the outcome is unknown, as every caller of a journal may."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            try:
+                return await operation()
+            except JournalUnavailable:
+                await asyncio.sleep(0)
+
+
+def state(client: redis.Redis, pattern: str = "*") -> dict[bytes, object]:
+    """Everything the keys hold."""
+    found: dict[bytes, object] = {}
+    for key in client.keys(pattern):
+        match client.type(key):
+            case b"hash":
+                found[key] = client.hgetall(key)
+            case b"zset":
+                found[key] = client.zrange(key, 0, -1, withscores=True)
+            case b"stream":
+                found[key] = client.xrange(key)
+            case _:
+                found[key] = client.get(key)
+    return found
+
+
+# Keys.
+
+
+def test_an_entry_of_the_redis_stream_is_a_frame_under_its_own_id(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="entries") as (journal, _):
+            await journal.open_run(opening("s"))
+            await journal.append(
+                batch("s", 1, b"one", "zwei \u00fc".encode(), end=ending(Reason.PRODUCER_END))
+            )
+            frames = await read_all(journal, "s")
+            with redis_server.client() as client:
+                entries = client.xrange("entries:{s}:frames")
+            assert entries == [
+                (str(f.id).encode(), {b"r": f.run.encode(), b"e": f.event.encode(), b"d": f.data})
+                for f in frames
+            ]
+            assert [f.seq for f in frames] == [1, 2, 3, 4]
+            assert [f.event for f in frames] == ["relay", "e", "e", "relay"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ending(Reason.UPSTREAM_END),
+        ending(Reason.UPSTREAM_ERROR, 'quotes " and \\ and \n and \x00 and \u00fc and \U0001f600 and \u2028'),
+        ending(Reason.UPSTREAM_ERROR, "%d %s"),
+        ending(Reason.CLIENT_CANCEL),
+    ],
+)
+def test_control_frames_are_byte_for_byte_what_frame_py_makes(redis_server: RedisServer, how: Ending) -> None:
+    async def scenario() -> None:
+        async with opened(redis_server, prefix=f"bytes-{how.reason}-{len(how.error)}") as (journal, _):
+            metadata = '{"b": 1.5, "a": "\u00fc"}'
+            await journal.open_run(
+                RunOpening("s", "r1", "writer-r1", "t", Retention(), dialect="raw", metadata=metadata)
+            )
+            await journal.append(
+                Append("s", "r1", "writer-r1", 1, [Event("", b"x")], 12345678901, ending=how)
+            )
+            first, *_, last = await read_all(journal, "s")
+            assert first.data == run_started("r1", "raw", {"b": 1.5, "a": "\u00fc"})
+            assert last.data == run_ended("r1", how, 1, 12345678901)
+
+    asyncio.run(scenario())
+
+
+def test_every_key_expires_and_activity_renews_them_all(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="expiry") as (journal, _):
+            retention = Retention(retention_s=1000)
+            for run in ("r1", "r2", "r3"):
+                await journal.open_run(opening("s", run, retention))
+            await journal.append(batch("s", 1, b"x" * 70_000))
+            await journal.append(batch("s", 1, run="r2", end=ending(Reason.PRODUCER_END)))
+            with redis_server.client() as client:
+                keys = client.keys("expiry:{s}:*") + client.keys("expiry:token:*")
+                assert len(keys) == 8 + 3
+                assert all(1_000_000 <= client.pttl(key) <= 1_100_000 for key in keys), keys
+                for key in keys:
+                    client.pexpire(key, 950_000)
+                client.hincrby("expiry:{s}:meta", "renewed", -150_000)
+                await journal.append(batch("s", 2, b"y"))
+                await journal.describe("s")
+                of_stream = client.keys("expiry:{s}:*")
+                assert len(of_stream) == 8
+                assert all(client.pttl(key) > 1_000_000 for key in [*of_stream, "expiry:token:token-s-r1"])
+
+    asyncio.run(scenario())
+
+
+def test_retention_without_an_age_expires_nothing(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="forever") as (journal, _):
+            await journal.open_run(opening("s", "r1", Retention(retention_s=0)))
+            await journal.append(batch("s", 1, b"x" * 70_000))
+            with redis_server.client() as client:
+                keys = client.keys("forever:*")
+                assert len(keys) == 8
+                assert {client.pttl(key) for key in keys} == {-1}
+
+    asyncio.run(scenario())
+
+
+def test_deleting_leaves_only_a_tombstone_that_expires(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="deleted") as (journal, ear):
+            journal.watch("s")
+            await ear.until(lambda: ear.doubts == ["s"])
+            await journal.open_run(opening("s"))
+            await journal.append(batch("s", 1, b"x" * 70_000))
+            future_ms = int(time.time() * 1000) + 3_600_000
+            with redis_server.client() as client:
+                client.hset("deleted:{s}:meta", "last_ms", future_ms)  # a clock that was an hour ahead
+                await journal.delete("s")
+                await ear.until(lambda: ear.deleted == ["s"])
+                assert client.keys("deleted:*") == [b"deleted:{s}:tombstone"]
+                assert 0 < client.ttl("deleted:{s}:tombstone") <= 86_400
+            assert (await journal.open_run(opening("s"))).first == Cursor(1, future_ms + 1)
+
+    asyncio.run(scenario())
+
+
+def test_the_redis_stream_decides_where_meta_is_wrong(redis_server: RedisServer) -> None:
+    """meta is a cache: behind the stream, or with the stream gone, ids still never repeat."""
+
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="authority") as (journal, _):
+            await journal.open_run(opening("s"))
+            await journal.append(batch("s", 1, b"x"))
+            with redis_server.client() as client:
+                by_hand = client.xadd(
+                    "authority:{s}:frames", {"r": "", "e": "", "d": "by hand"}, id="3-9999999999999"
+                )
+                assert by_hand == b"3-9999999999999"
+                appended = await journal.append(batch("s", 2, b"y"))
+                assert appended.last == Cursor(4, 9_999_999_999_999)
+                client.delete("authority:{s}:frames")
+                appended = await journal.append(batch("s", 3, b"z"))
+                assert appended.last == Cursor(1, 10_000_000_000_000)
+                assert client.pttl("authority:{s}:frames") > 0
+            page = await journal.read("s", ORIGIN, 10, 1000)
+            assert [frame.data for frame in page.frames] == [b"z"]
+            assert page.extent.created_ms == 10_000_000_000_000
+            assert (await journal.describe("s")).bytes_held == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_stale_name_is_taken_off_the_listing(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="listing") as (journal, _):
+            for number in range(6):
+                await journal.open_run(opening(f"s{number}"))
+            with redis_server.client() as client:
+                client.delete(*(f"listing:{{s{number}}}:meta" for number in (0, 1, 2, 4)))  # as if expired
+                assert [info.stream for info in await journal.streams("", 2)] == ["s3", "s5"]
+                assert client.zrange("listing:streams", 0, -1) == [b"s3", b"s5"]
+                await journal._forget(["s3"])  # as when it came to be after it was found missing
+                assert client.zrange("listing:streams", 0, -1) == [b"s3", b"s5"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_retention_by_bytes_is_exact_against_a_list(redis_server: RedisServer, seed: int) -> None:
+    """A list of sizes, trimmed by the plain rule, agrees after every step; the byte index stays true."""
+
+    async def scenario() -> None:
+        chance = random.Random(seed)
+        max_frames, max_bytes = chance.choice([(0, 300_000), (400, 300_000), (50, 0), (700, 150_000)])
+        prefix = f"exact-{seed}"
+        async with opened(redis_server, prefix=prefix) as (journal, _):
+            opened_run = await journal.open_run(opening("s", "r1", Retention(max_frames, max_bytes, 0)))
+            model = [(opened_run.first.seq, len(run_started("r1", None, None)))]
+            cumulative = {1: model[0][1]}
+            producer_seq = 1
+            for _ in range(120):
+                kind = chance.random()
+                if kind < 0.08:
+                    before = chance.randint(1, model[-1][0] + 2) if model else 1
+                    await journal.trim("s", before)
+                    model = [(seq, size) for seq, size in model if seq >= before]
+                else:
+                    largest = chance.choice([1, 40, 40, 400, 9_000, 120_000, 500_000])
+                    sizes = [chance.randint(0, largest) for _ in range(chance.choice([1, 1, 3, 60, 300]))]
+                    sizes = sizes[: max(1, 1_000_000 // largest)]
+                    appended = await journal.append(
+                        batch("s", producer_seq, *(b"x" * size for size in sizes))
+                    )
+                    producer_seq = appended.next_seq
+                    top = max(cumulative)
+                    for seq, size in enumerate(sizes, top + 1):
+                        model.append((seq, size))
+                        cumulative[seq] = cumulative[seq - 1] + size
+                    while len(model) > 1 and (
+                        (max_frames and len(model) > max_frames)
+                        or (max_bytes and sum(size for _, size in model) > max_bytes)
+                    ):
+                        del model[0]
+                info = await journal.describe("s")
+                assert info.extent.earliest_seq == (model[0][0] if model else info.extent.top.seq + 1)
+                assert info.bytes_held == sum(size for _, size in model)
+            frames = await read_all(journal, "s")
+            assert [(frame.seq, len(frame.data)) for frame in frames] == model
+            with redis_server.client() as client:
+                index = client.zrange(f"{prefix}:{{s}}:index", 0, -1, withscores=True)
+                assert client.xlen(f"{prefix}:{{s}}:frames") == len(model)
+            assert [int(total) for _, total in index] == [cumulative[int(seq)] for seq, _ in index]
+            assert len(index) <= info.bytes_held / 65_536 + 2
+
+    asyncio.run(scenario())
+
+
+def test_a_page_is_the_same_whichever_way_it_is_read(redis_server: RedisServer) -> None:
+    """Small frames are read by one XRANGE, large ones by a script that counts bytes."""
+
+    async def scenario() -> None:
+        chance = random.Random(7)
+        async with opened(redis_server, prefix="ways") as (journal, _):
+            await journal.open_run(opening("s"))
+            await journal.append(batch("s", 1, *(b"x" * chance.randint(0, 50) for _ in range(600))))
+            everything = await read_all(journal, "s")
+            for after in (ORIGIN, everything[0].id, Cursor(300, 1), everything[-1].id, Cursor(9999, 1)):
+                for max_frames, max_bytes in ((1, 10**6), (10, 10**6), (1000, 10**6), (1000, 777), (1000, 1)):
+                    pages = []
+                    for largest in (0, 10**9):
+                        journal._remember_largest("s", largest)
+                        pages.append(await journal.read("s", after, max_frames, max_bytes))
+                    assert pages[0] == pages[1]
+                    page, held = pages[0], everything[after.seq :]
+                    assert page.frames == held[: len(page.frames)]
+                    assert page.more == (len(held) > len(page.frames))
+                    assert bool(page.frames) == bool(held)
+                    assert page.anchor_ms == (everything[after.seq - 1].ms if 0 < after.seq <= 601 else None)
+
+    asyncio.run(scenario())
+
+
+# Scripts.
+
+
+def test_scripts_the_server_forgot_are_loaded_again(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="scripts") as (journal, _):
+            with redis_server.client() as client:
+                client.script_flush()
+                await journal.open_run(opening("s"))
+                client.script_flush()
+                appends = [journal.append(batch("s", seq, b"x")) for seq in range(1, 51)]
+                assert [(await each).last.seq for each in appends] == list(range(2, 52))
+                client.script_flush()
+                assert (await journal.describe("s")).last_data == 51
+                client.script_flush()
+                assert len((await journal.read("s", ORIGIN, 100, 10**6)).frames) == 51
+                client.script_flush()
+                await journal.delete("s")
+
+    asyncio.run(scenario())
+
+
+def test_concurrent_appends_keep_their_order_when_scripts_are_forgotten(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="overtaking") as (journal, _):
+            await journal.open_run(opening("s"))
+            with redis_server.client() as client:
+                for first in range(1, 400, 40):
+                    client.script_flush()
+                    await asyncio.gather(*(journal.append(batch("s", first + n, b"x")) for n in range(40)))
+            assert (await journal.run("s", "r1")).frames == 400
+
+    asyncio.run(scenario())
+
+
+# Following.
+
+
+def test_databases_and_prefixes_do_not_hear_each_other(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with (
+            opened(redis_server, db=3, prefix="apart") as one,
+            opened(redis_server, db=4, prefix="apart") as two,
+            opened(redis_server, db=3, prefix="apart2") as three,
+        ):
+            everyone = [one, two, three]
+            for journal, ear in everyone:
+                journal.watch("s")
+                await ear.until(lambda ear=ear: ear.doubts == ["s"])  # type: ignore[misc]
+                assert await journal.watchers("s") == 1
+            for number, (journal, _) in enumerate(everyone):
+                await journal.open_run(opening("s", f"r{number}"))
+            for number, (_, ear) in enumerate(everyone):
+                await ear.until(lambda ear=ear: bool(ear.frames))  # type: ignore[misc]
+                assert [frame.run for _, _, frames in ear.frames for frame in frames] == [f"r{number}"]
+
+    asyncio.run(scenario())
+
+
+def test_connections_stay_three_with_many_streams_watched_and_appended_to(own_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(own_server) as (journal, ear):
+            streams = [f"s{number}" for number in range(200)]
+            for stream in streams:
+                journal.watch(stream)
+            await asyncio.gather(*(journal.open_run(opening(stream)) for stream in streams))
+            appends = asyncio.gather(*(journal.append(batch(stream, 1, b"x", b"y")) for stream in streams))
+            with own_server.client() as client:
+                others = [each for each in client.client_list() if each["name"].startswith("relay-")]
+                assert {each["name"] for each in others} == {"relay-write", "relay-read", "relay-follow"}
+                assert len(client.client_list()) - 1 == len(others) == 3
+            await appends
+            await ear.until(lambda: set(ear.doubts) == set(streams))
+            await ear.until(lambda: sum(len(frames) for _, _, frames in ear.frames) >= 400)
+
+    asyncio.run(scenario())
+
+
+# A server that fails.
+
+
+def test_a_killed_server_costs_nothing_it_accepted_and_doubles_nothing(own_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(own_server, timeout_s=2.0) as (journal, ear):
+            journal.watch("s")
+            journal.watch("t")
+            await ear.until(lambda: sorted(ear.doubts) == ["s", "t"])
+            await journal.open_run(opening("s"))
+            sent = 0
+
+            async def write() -> None:
+                nonlocal sent
+                for seq in range(1, 400):
+                    await persistently(lambda seq=seq: journal.append(batch("s", seq, f"{seq}".encode())))  # type: ignore[misc]
+                    sent = seq
+                await persistently(lambda: journal.append(batch("s", 400, end=ending(Reason.PRODUCER_END))))
+
+            writing = asyncio.create_task(write())
+            for goal in (100, 200):
+                await ear.until(lambda goal=goal: sent >= goal or len(ear.frames) >= goal)  # type: ignore[misc]
+                ear.doubts.clear()
+                await asyncio.to_thread(own_server.kill)
+                await asyncio.to_thread(own_server.restart)
+                await ear.until(lambda: sorted(ear.doubts) == ["s", "t"])
+            await asyncio.wait_for(writing, DEADLINE_S)
+            frames = await persistently(lambda: read_all(journal, "s"))
+            assert [frame.seq for frame in frames] == list(range(1, 402))
+            assert [frame.data for frame in frames[1:-1]] == [f"{seq}".encode() for seq in range(1, 400)]
+
+    asyncio.run(scenario())
+
+
+def test_a_stopped_server_is_unavailable_and_the_retry_is_journaled_once(own_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(own_server, timeout_s=0.5) as (journal, _):
+            await persistently(lambda: journal.open_run(opening("s")))
+            own_server.pause()
+            for operation in (
+                journal.append(batch("s", 1, b"x")),
+                journal.read("s", ORIGIN, 10, 1000),
+                journal.tops(["s", "t"]),
+            ):
+                with pytest.raises(JournalUnavailable):
+                    await asyncio.wait_for(operation, DEADLINE_S)
+            own_server.resume()
+            await persistently(lambda: journal.append(batch("s", 1, b"x")))
+            await persistently(lambda: journal.append(batch("s", 2, b"y")))
+            frames = await persistently(lambda: read_all(journal, "s"))
+            assert [frame.data for frame in frames[1:]] == [b"x", b"y"]
+
+    asyncio.run(scenario())
+
+
+def test_a_full_server_refuses_and_nothing_is_half_written(own_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(own_server) as (journal, _):
+            await journal.open_run(opening("s"))
+            await journal.append(batch("s", 1, b"x"))
+            with own_server.client() as client:
+                before = state(client, "relay:{*")
+                client.config_set("maxmemory", 1)
+                for refused in (
+                    journal.append(batch("s", 2, b"y", b"z")),
+                    journal.append(batch("s", 2, end=ending(Reason.PRODUCER_END))),
+                    journal.open_run(opening("s", "r2")),
+                    journal.open_run(opening("t")),
+                    journal.claim("k", "d", "o", 1, 1),
+                ):
+                    with pytest.raises(JournalRefused):
+                        await refused
+                assert state(client, "relay:{*") == before
+                assert len(await read_all(journal, "s")) == 2
+                client.config_set("maxmemory", 0)
+            assert (await journal.append(batch("s", 2, b"y", b"z"))).last.seq == 4
+
+    asyncio.run(scenario())
+
+
+# Starting.
+
+
+def start_error(url: str, timeout_s: float = 5.0) -> str:
+    async def scenario() -> str:
+        journal = RedisJournal(url, timeout_s=timeout_s)
+        with pytest.raises(StartupError) as caught:
+            await journal.start(Ear())
+        await journal.close()
+        return str(caught.value)
+
+    return asyncio.run(scenario())
+
+
+def test_a_url_that_is_none_is_refused() -> None:
+    assert "redis://user:password@host" in start_error("http://127.0.0.1:1/")
+    assert "no_such" in start_error("redis://127.0.0.1/0?no_such=1")
+
+
+def test_a_server_that_is_not_there_is_refused() -> None:
+    assert "cannot be reached" in start_error("redis://127.0.0.1:1/0")
+
+
+def test_a_server_that_does_not_answer_is_refused(own_server: RedisServer) -> None:
+    own_server.pause()
+    assert "cannot be reached" in start_error(own_server.url(), timeout_s=0.3)
+
+
+def test_a_server_that_wants_another_password_is_refused(own_server: RedisServer) -> None:
+    with own_server.client() as client:
+        client.config_set("requirepass", "right")
+    assert "password" in start_error(own_server.url())
+    assert "password" in start_error(f"redis://:wrong@127.0.0.1:{own_server.port}/0")
+
+    async def scenario() -> None:
+        journal = RedisJournal(f"redis://:right@127.0.0.1:{own_server.port}/0")
+        await journal.start(Ear())
+        await journal.open_run(opening("s"))
+        await journal.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_server_that_evicts_is_refused(own_server: RedisServer, policy: str) -> None:
+    with own_server.client() as client:
+        client.config_set("maxmemory-policy", policy)
+    message = start_error(own_server.url())
+    assert policy in message
+    assert "noeviction" in message
+
+
+def test_a_replica_is_refused(own_server: RedisServer) -> None:
+    with own_server.client() as client:
+        client.replicaof("127.0.0.1", 1)
+    assert "replica" in start_error(own_server.url())
+
+
+def test_cluster_mode_is_refused() -> None:
+    server = RedisServer.start("--cluster-enabled", "yes")
+    try:
+        assert "cluster mode" in start_error(server.url())
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"), [("6.0.16", False), ("5.0.7", False), ("6.2.0", True), ("7.2.4", True)]
+)
+def test_an_old_server_is_refused(version: str, accepted: bool) -> None:
+    """Valkey reports redis_version 7.2.4."""
+    info = {"redis_version": version, "role": "master", "maxmemory_policy": "noeviction"}
+    if accepted:
+        _check_server(info, "here")
+    else:
+        with pytest.raises(StartupError, match=r"6\.2"):
+            _check_server(info, "here")

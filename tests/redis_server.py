@@ -1,0 +1,139 @@
+"""A real redis-server of a test's own: on a free port, in a temporary directory, never anybody else's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Self
+
+import redis
+
+READY_DEADLINE_S = 60.0
+STOP_DEADLINE_S = 30.0
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class RedisServer:
+    """One redis-server process. Extra `--option value` arguments override the default of no persistence."""
+
+    def __init__(self, binary: str, directory: Path, port: int, extra_args: tuple[str, ...]) -> None:
+        self._binary = binary
+        self._directory = directory
+        self._extra_args = extra_args
+        self.port = port
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def start(cls, *extra_args: str) -> Self:
+        binary = shutil.which("redis-server")
+        if binary is None:
+            raise AssertionError("These tests need a real Redis: install redis-server 6.2 or newer.")
+        for attempt in range(3):  # a free port may be taken by somebody else before the server binds it
+            server = cls(binary, Path(tempfile.mkdtemp(prefix="relay-redis-")), _free_port(), extra_args)
+            try:
+                server._launch()
+            except RuntimeError:
+                server.stop()
+                if attempt == 2:
+                    raise
+            else:
+                return server
+        raise AssertionError("unreachable")
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the server is not running"
+        return self._process.pid
+
+    def url(self, db: int = 0) -> str:
+        return f"redis://127.0.0.1:{self.port}/{db}"
+
+    def client(self, db: int = 0) -> redis.Redis:
+        """A synchronous client; close it, or use it as a context manager."""
+        return redis.Redis(host="127.0.0.1", port=self.port, db=db, socket_timeout=30)
+
+    def pause(self) -> None:
+        """Stop the process where it stands: connections stay open and nothing answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Shut down and remove what it kept."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)  # a paused process would not see the next one
+            self._end(signal.SIGTERM)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def kill(self) -> None:
+        """Die at once, keeping the directory for `restart`."""
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        """Run again on the same port and directory."""
+        if self._process is not None:
+            self._end(signal.SIGTERM)
+        self._launch()
+
+    def _launch(self) -> None:
+        command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1"]
+        command += [
+            "--dir",
+            str(self._directory),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--logfile",
+            str(self._directory / "redis.log"),
+        ]
+        self._process = subprocess.Popen(
+            [*command, *self._extra_args], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
+        self._await_ready()
+
+    def _await_ready(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + READY_DEADLINE_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                break
+            try:
+                with redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=5) as client:
+                    client.ping()
+                return
+            except (redis.AuthenticationError, redis.exceptions.NoPermissionError):
+                return  # it answers; who may speak to it is the test's business
+            except redis.ResponseError as error:
+                if not str(error).startswith("LOADING"):
+                    return
+            except redis.RedisError:
+                pass
+            time.sleep(0.01)
+        log = self._directory / "redis.log"
+        raise RuntimeError(f"redis-server did not start:\n{log.read_text() if log.exists() else ''}")
+
+    def _end(self, with_signal: signal.Signals) -> None:
+        if self._process is None:
+            return
+        self._process.send_signal(with_signal)
+        try:
+            self._process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(STOP_DEADLINE_S)
+        self._process = None
