@@ -1,11 +1,15 @@
-"""Fixtures of the whole test-suite."""
+"""Servers that tests share: starting one costs more than a test. Tests are kept apart by stream name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from redis_server import RedisServer
+from relay_process import RelayProcess
+from scripted_upstream import ScriptedUpstream
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +18,44 @@ def redis_server() -> Iterator[RedisServer]:
     server = RedisServer.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Iterator[ScriptedUpstream]:
+    """An agent backend that all tests of a worker script, each under paths of its own."""
+    with ScriptedUpstream.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["sqlite", "redis"])
+def journal_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A journal of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path_factory.mktemp('journal') / 'relay.db'}"
+    server: RedisServer = request.getfixturevalue("redis_server")
+    return server.url()
+
+
+@pytest.fixture(scope="session")
+def relay(journal_url: str, upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
+    """One relay a journal, with default settings, shared by all tests that need nothing else."""
+    with RelayProcess.start(journal=journal_url, upstream=upstream.url) as process:
+        yield process
+
+
+@pytest.fixture
+def fresh_journal(journal_url: str, tmp_path: Path, redis_server: RedisServer) -> Callable[[], str]:
+    """Makes the URL of a journal of the same kind that nobody else uses; sqlite takes one process only."""
+
+    def make() -> str:
+        if journal_url.startswith("sqlite"):
+            return f"sqlite:///{tmp_path / secrets.token_hex(4)}.db"
+        return journal_url
+
+    return make
+
+
+@pytest.fixture
+def name() -> str:
+    """A stream name, and a path segment, that no other test has."""
+    return "t-" + secrets.token_hex(6)

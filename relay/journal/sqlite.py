@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -85,8 +85,10 @@ SWEEP_MAX_ROWS = 1000
 TOMBSTONE_KEEP_MS = 2 * 24 * 3600 * 1000
 CACHE_MAX_ROWS = 16 * 1024
 """Streams and runs cached before a group begins; the group can only add as many as it has operations."""
-INSERT_ROWS = (64, 8, 1)
-"""Rows of the prepared INSERTs. 64 rows of 6 columns stay below the 999 variables of an old SQLite."""
+ROWS_AT_ONCE = (256, 64, 16, 4, 1)
+"""Rows of the prepared statements that write many, so that any number of rows takes few steps."""
+MIN_SQLITE = (3, 33, 0)
+"""The first with UPDATE FROM; it also takes the variables of 256 rows."""
 
 SCHEMA = f"""
 CREATE TABLE streams (
@@ -132,10 +134,30 @@ _RUN_COLUMNS = (
     "runs.id, name, writer, token, status, reason, error, dialect, start_seq, start_ms, last_seq, last_ms, "
     "last_data, frames, text_bytes, started_ms, ended_ms"
 )
-_INSERT_FRAMES = {
-    rows: "INSERT INTO frames VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?)"] * rows) for rows in INSERT_ROWS
-}
 _FRAME_COLUMNS = 6
+_INSERT_FRAMES = "INSERT INTO frames VALUES {rows}"
+# The columns that change, in the order of `_Stream.changes` and `_Run.changes`.
+_CHANGING_STREAM = ("earliest_seq", "last_seq", "last_ms", "last_data", "bytes_held", "runs", "latest_run")
+_CHANGING_RUN = (
+    *("status", "reason", "error", "dialect", "last_seq", "last_ms", "last_data"),
+    *("frames", "text_bytes", "ended_ms"),
+)
+
+
+def _update(table: str, columns: Sequence[str]) -> str:
+    sets = ", ".join(f"{column} = new.column{number}" for number, column in enumerate(columns, 2))
+    return f"UPDATE {table} SET {sets} FROM (VALUES {{rows}}) AS new WHERE {table}.id = new.column1"
+
+
+_UPDATE_STREAMS = _update("streams", _CHANGING_STREAM)
+_UPDATE_RUNS = _update("runs", _CHANGING_RUN)
+
+
+@cache
+def _for_rows(sql: str, rows: int, columns: int) -> str:
+    row = "(" + ", ".join("?" * columns) + ")"
+    return sql.format(rows=", ".join([row] * rows))
+
 
 _REFUSED = {
     sqlite3.SQLITE_FULL,
@@ -180,21 +202,10 @@ class _Run:
         run.status = Status(run.status)
         return run
 
-    def row(self) -> dict[str, Any]:
-        """The columns that change."""
-        return {
-            "status": self.status.value,
-            "reason": self.reason,
-            "error": self.error,
-            "dialect": self.dialect,
-            "last_seq": self.last_seq,
-            "last_ms": self.last_ms,
-            "last_data": self.last_data,
-            "frames": self.frames,
-            "text_bytes": self.text_bytes,
-            "ended_ms": self.ended_ms,
-            "id": self.id,
-        }
+    def changes(self) -> tuple[Any, ...]:
+        state = (self.status.value, self.reason, self.error, self.dialect)
+        last = (self.last_seq, self.last_ms, self.last_data)
+        return (self.id, *state, *last, self.frames, self.text_bytes, self.ended_ms)
 
     def info(self, metadata: str, answer: str) -> RunInfo:
         return RunInfo(
@@ -247,18 +258,9 @@ class _Stream:
     def expired(self, now_ms: int) -> bool:
         return self.retention_s > 0 and self.last_ms + self.retention_s * 1000 < now_ms
 
-    def row(self) -> dict[str, Any]:
-        """The columns that change."""
-        return {
-            "earliest_seq": self.earliest_seq,
-            "last_seq": self.last_seq,
-            "last_ms": self.last_ms,
-            "last_data": self.last_data,
-            "bytes_held": self.bytes_held,
-            "runs": self.runs,
-            "latest_run": self.latest_run,
-            "id": self.id,
-        }
+    def changes(self) -> tuple[Any, ...]:
+        last = (self.last_seq, self.last_ms, self.last_data)
+        return (self.id, self.earliest_seq, *last, self.bytes_held, self.runs, self.latest_run)
 
     def info(self, open_runs: Sequence[str]) -> StreamInfo:
         return StreamInfo(
@@ -587,32 +589,25 @@ class _Store:
 
     def flush(self) -> None:
         """Write the changes that appends have left in the cached state, and apply retention."""
-        rows = self._rows
-        at, left = 0, len(rows) // _FRAME_COLUMNS
-        for count in INSERT_ROWS:
-            while left >= count:
-                end = at + count * _FRAME_COLUMNS
-                self._db.execute(_INSERT_FRAMES[count], rows[at:end])
-                at, left = end, left - count
-        rows.clear()
+        self._write(_INSERT_FRAMES, _FRAME_COLUMNS, self._rows)
+        self._rows.clear()
         for stream in self._changed_streams.values():
             self._retain(stream)
-        if self._changed_streams:
-            self._db.executemany(
-                "UPDATE streams SET earliest_seq = :earliest_seq, last_seq = :last_seq, last_ms = :last_ms, "
-                "last_data = :last_data, bytes_held = :bytes_held, runs = :runs, latest_run = :latest_run "
-                "WHERE id = :id",
-                [stream.row() for stream in self._changed_streams.values()],
-            )
-            self._changed_streams.clear()
-        if self._changed_runs:
-            self._db.executemany(
-                "UPDATE runs SET status = :status, reason = :reason, error = :error, dialect = :dialect, "
-                "last_seq = :last_seq, last_ms = :last_ms, last_data = :last_data, frames = :frames, "
-                "text_bytes = :text_bytes, ended_ms = :ended_ms WHERE id = :id",
-                [run.row() for run in self._changed_runs.values()],
-            )
-            self._changed_runs.clear()
+        streams = [value for stream in self._changed_streams.values() for value in stream.changes()]
+        self._write(_UPDATE_STREAMS, 1 + len(_CHANGING_STREAM), streams)
+        self._changed_streams.clear()
+        runs = [value for run in self._changed_runs.values() for value in run.changes()]
+        self._write(_UPDATE_RUNS, 1 + len(_CHANGING_RUN), runs)
+        self._changed_runs.clear()
+
+    def _write(self, sql: str, columns: int, values: list[Any]) -> None:
+        """Run a statement that takes rows, given one after the other in `values`, in as few steps as may be."""
+        at, left = 0, len(values) // columns
+        for rows in ROWS_AT_ONCE:
+            while left >= rows:
+                end = at + rows * columns
+                self._db.execute(_for_rows(sql, rows, columns), values[at:end])
+                at, left = end, left - rows
 
     def commit(self) -> None:
         self._db.execute("COMMIT")
@@ -1012,6 +1007,9 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _open_for_writing(path: Path, synchronous: str) -> sqlite3.Connection:
     """Open the database and make it ours; raises `StartupError`."""
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
+        needed = ".".join(map(str, MIN_SQLITE))
+        raise StartupError(f"This Python has SQLite {sqlite3.sqlite_version}; relay needs {needed} or newer.")
     if synchronous not in ("off", "normal", "full", "extra"):
         raise StartupError(f"'{synchronous}' is not a synchronous mode: say off, normal, full or extra.")
     try:

@@ -338,6 +338,12 @@ async def test_an_unknown_synchronous_mode_is_refused(path: Path) -> None:
     assert "normal" in await refusal_to_start(path, synchronous="sometimes")
 
 
+@on_a_loop
+async def test_a_sqlite_that_is_too_old_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "MIN_SQLITE", (99, 0, 0))
+    assert "99.0.0 or newer" in await refusal_to_start(path)
+
+
 @pytest.mark.parametrize("mode", ["off", "normal", "full", "extra"])
 @on_a_loop
 async def test_every_synchronous_mode_is_taken(path: Path, mode: str) -> None:
