@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from relay.errors import InvalidName
 
 _NAME = re.compile(r"[A-Za-z0-9._~:-]{1,200}", re.ASCII)
+
+class Retention(NamedTuple):
+    """What a stream keeps. A bound of 0 is none. `retention_s` counts from the last append."""
+
+    max_frames: int = 200_000
+    max_bytes: int = 64 * 1024 * 1024
+    retention_s: int = 24 * 3600
+
 
 _DOTS = (".", "..")  # clients and proxies resolve these in a path
 

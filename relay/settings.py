@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from relay.journal.base import Retention
-from relay.limits import FRAME_MAX_BYTES
+from relay.limits import FRAME_MAX_BYTES, Retention
 
 
 def _setting(default: Any, meaning: str, **metadata: Any) -> Any:

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-CORE = {"errors", "limits", "cursor", "frame", "sse", "ndjson", "lifecycle"}
+CORE = {"errors", "limits", "settings", "cursor", "frame", "sse", "ndjson", "lifecycle"}
 IMPURE = {
     "asyncio",
     "time",
@@ -327,21 +327,21 @@ def sample(root: Path, path: str, text: str = "") -> Path:
         "import os.path",
         "from redis.asyncio import Redis",
         "from relay.journal.base import Frame",
-        "from relay import settings",
+        "from relay import metrics",
         "def f():\n    import asyncio",
     ],
 )
 def test_an_impure_core_is_caught(tmp_path: Path, module: str, line: str) -> None:
-    sample(tmp_path, "relay/settings.py")
+    sample(tmp_path, "relay/metrics.py")
     sample(tmp_path, module, line)
     assert len(impure_core(tmp_path)) == 1
 
 
 def test_a_relative_import_is_followed_to_where_it_leads(tmp_path: Path) -> None:
-    sample(tmp_path, "relay/settings.py")
-    sample(tmp_path, "relay/dialects/raw.py", "from .. import settings, errors\nfrom . import base\n")
+    sample(tmp_path, "relay/metrics.py")
+    sample(tmp_path, "relay/dialects/raw.py", "from .. import metrics, errors\nfrom . import base\n")
     sample(tmp_path, "relay/dialects/base.py")
-    assert impure_core(tmp_path) == ["relay/dialects/raw.py:1: core imports relay.settings"]
+    assert impure_core(tmp_path) == ["relay/dialects/raw.py:1: core imports relay.metrics"]
 
 
 def test_what_the_core_may_import_is_let_pass(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_journal_reaching_out_is_caught(tmp_path: Path, line: str) -> None:
         "from relay.replay.tail import Tail",
         "from relay.journal.sqlite import SqliteJournal",
         "from relay.journal import redis_streams",
-        "from relay.settings import Settings",
+        "from relay.metrics import Metrics",
         "import sqlite3",
     ],
 )

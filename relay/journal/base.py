@@ -17,14 +17,7 @@ from typing import NamedTuple, Protocol
 from relay.cursor import Cursor, Extent
 from relay.frame import Event, Frame
 from relay.lifecycle import Ending, Status
-
-
-class Retention(NamedTuple):
-    """What a stream keeps. A bound of 0 is none. `retention_s` counts from the last append."""
-
-    max_frames: int = 200_000
-    max_bytes: int = 64 * 1024 * 1024
-    retention_s: int = 24 * 3600
+from relay.limits import Retention as Retention
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +164,8 @@ class Follower(Protocol):
 
 
 class Journal(Protocol):
+    """What a journal does. One object a process; safe to use from one event loop."""
+
     async def start(self, follower: Follower) -> None:
         """Connect, check that the store can be used, and begin to tell `follower` of watched streams.
         Raises `StartupError` with advice."""
