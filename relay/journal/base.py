@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 from relay.cursor import Cursor, Extent
 from relay.frame import Event, Frame
 from relay.lifecycle import Ending, Status
-from relay.limits import Retention as Retention
+from relay.limits import Retention
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ class Append:
 
     `producer_seq` numbers the first event, counting the run's data frames from 1: events numbered at or
     below what the run already has are duplicates and are not journaled again. `text_bytes` is how many
-    bytes of shown text all the events carry together. `dialect`, when not empty, becomes the run's.
+    bytes of shown text all the events carry together; what is counted of a batch that was partly there is
+    the share of its new events. `dialect`, when not empty, becomes the run's.
     """
 
     stream: str

@@ -55,7 +55,6 @@ from relay.journal.base import (
     Follower,
     Opened,
     Page,
-    Retention,
     RunInfo,
     RunOpening,
     StreamInfo,
@@ -70,6 +69,7 @@ from relay.journal.redis_connection import (
     pack,
 )
 from relay.lifecycle import Status
+from relay.limits import Retention
 
 OLDEST_SERVER = (6, 2)
 TOMBSTONE_MS = 24 * 3600 * 1000

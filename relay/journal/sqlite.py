@@ -7,8 +7,8 @@ that nobody hears of a frame that is not on disk. Between the commit and the cal
 
 Appends, which are nearly all of the work, touch no SQL of their own: they are judged and applied on state
 cached in the writing thread, and `_Store.flush` writes what a group of them comes to in a few statements.
-This is not only quicker. `sqlite3` gives up the interpreter lock at every step of a statement, and gets it
-back from a busy event loop one switch interval (5 ms) later, so the number of steps bounds the throughput.
+This is not only quicker. `sqlite3` gives up the interpreter lock at every step of a statement, and may wait
+a switch interval (5 ms) or longer to get it back from a busy event loop: few steps, few such waits.
 The cache is write-back inside a transaction and never outlives a doubt: whatever fails to reach the
 database takes the cached state with it, and the next operation reads the database.
 
@@ -60,12 +60,12 @@ from relay.journal.base import (
     Follower,
     Opened,
     Page,
-    Retention,
     RunInfo,
     RunOpening,
     StreamInfo,
 )
 from relay.lifecycle import TRANSITIONS, Act, Ending, Status, allowed
+from relay.limits import Retention
 
 T = TypeVar("T")
 
@@ -601,7 +601,7 @@ class _Store:
         self._changed_runs.clear()
 
     def _write(self, sql: str, columns: int, values: list[Any]) -> None:
-        """Run a statement that takes rows, given one after the other in `values`, in as few steps as may be."""
+        """Run a statement that takes rows, given one after the other in `values`, in few steps."""
         at, left = 0, len(values) // columns
         for rows in ROWS_AT_ONCE:
             while left >= rows:
@@ -695,7 +695,7 @@ class _Store:
 
         appended = len(fresh)
         frames = run.frames + appended
-        text_bytes = run.text_bytes + (batch.text_bytes if appended else 0)
+        text_bytes = run.text_bytes + (batch.text_bytes * appended // len(batch.events) if appended else 0)
         if ending is not None:
             _check_transition(run.status, ending)
             fresh.append(Event(CONTROL_EVENT, run_ended(run.name, ending, frames, text_bytes)))

@@ -20,9 +20,10 @@ from relay.errors import (
     UnknownStream,
 )
 from relay.frame import Event, Frame, run_ended, run_started
-from relay.journal.base import Append, Appended, Claim, Journal, Opened, Page, Retention, RunOpening
+from relay.journal.base import Append, Appended, Claim, Journal, Opened, Page, RunOpening
 from relay.journal.sqlite import SqliteJournal
 from relay.lifecycle import Ending, Reason, Status, ending
+from relay.limits import Retention
 
 MIB = 1024 * 1024
 ROOMY = 64 * MIB
@@ -270,9 +271,10 @@ async def test_a_repeated_batch_is_journaled_once(journal: Journal, stream: str)
 
 async def test_only_the_new_part_of_an_overlapping_batch_is_journaled(journal: Journal, stream: str) -> None:
     await journal.open_run(opening(stream))
-    await journal.append(batch(stream, 1, "a", "b"))
-    answer = await journal.append(batch(stream, 2, "b", "c", "d"))
+    await journal.append(batch(stream, 1, "a", "b", text_bytes=2))
+    answer = await journal.append(batch(stream, 2, "b", "c", "d", text_bytes=3))
     assert (answer.appended, answer.duplicates, answer.next_seq, answer.last.seq) == (2, 1, 5, 5)
+    assert (await journal.run(stream, "r1")).text_bytes == 4
     assert data((await everything(journal, stream))[1:]) == [b"a", b"b", b"c", b"d"]
 
 

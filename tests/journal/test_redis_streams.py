@@ -16,9 +16,10 @@ from redis_server import RedisServer
 from relay.cursor import ORIGIN, Cursor
 from relay.errors import JournalRefused, JournalUnavailable, StartupError
 from relay.frame import Event, Frame, run_ended, run_started
-from relay.journal.base import Append, Page, Retention, RunOpening
+from relay.journal.base import Append, Page, RunOpening
 from relay.journal.redis_streams import RedisJournal, _check_server
 from relay.lifecycle import Ending, Reason, ending
+from relay.limits import Retention
 
 T = TypeVar("T")
 

@@ -20,9 +20,10 @@ from relay.cursor import ORIGIN, Cursor
 from relay.errors import JournalRefused, JournalUnavailable, RelayError, StartupError, UnknownStream
 from relay.frame import Event, Frame
 from relay.journal import sqlite
-from relay.journal.base import Append, Appended, Claim, Page, Retention, RunOpening
+from relay.journal.base import Append, Appended, Claim, Page, RunOpening
 from relay.journal.sqlite import SqliteJournal
 from relay.lifecycle import Reason, ending
+from relay.limits import Retention
 
 P = ParamSpec("P")
 
@@ -177,7 +178,8 @@ APPEND_UNTIL_KILLED = """
 import asyncio, sys
 from pathlib import Path
 from relay.frame import Event
-from relay.journal.base import Append, Retention, RunOpening
+from relay.journal.base import Append, RunOpening
+from relay.limits import Retention
 from relay.journal.sqlite import SqliteJournal
 
 class Deaf:
