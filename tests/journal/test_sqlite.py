@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -299,13 +300,17 @@ def test_a_lock_file_that_cannot_be_made_is_said(path: Path) -> None:
     assert f"Make {path.parent} writable" in said
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_that_cannot_be_written_is_said(path: Path) -> None:
-    path.parent.chmod(0o500)
-    try:
-        assert f"Make {path.parent} writable" in asyncio.run(refusal_to_start(path))
-    finally:
-        path.parent.chmod(0o700)
+def test_a_directory_that_cannot_be_written_is_said() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory, user = Path(name), os.geteuid()
+        directory.chmod(0o555)
+        if user == 0:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            assert f"Make {directory} writable" in asyncio.run(refusal_to_start(directory / "relay.db"))
+        finally:
+            os.seteuid(user)
+            directory.chmod(0o755)
 
 
 def test_a_path_that_is_a_directory_is_said(path: Path) -> None:
