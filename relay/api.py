@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -16,7 +17,6 @@ from relay.cursor import Cursor, ResumeId, Standing, judge
 from relay.errors import (
     Busy,
     CursorGone,
-    InvalidParameter,
     JournalError,
     MethodNotAllowed,
     ResumeUnknown,
@@ -28,7 +28,7 @@ from relay.journal.base import Page, RunInfo, StreamInfo
 from relay.limits import PAGE_MAX_BYTES, PAGE_MAX_FRAMES, check_run_name, check_stream_name
 from relay.metrics import CONTENT_TYPE
 from relay.replay.reader import Reader, ended_at
-from relay.replay.request import EVENT_STREAM, JSON, ReadRequest, read_request
+from relay.replay.request import EVENT_STREAM, JSON, NDJSON, ReadRequest, read_limit, read_request
 from relay.replay.response import CONNECTION, STREAMING_HEADERS, Receive, Scope, Send, send_no_content
 from relay.replay.tail import WRITE_MAX_BYTES, Tail
 from relay.replay.view import View, is_terminal
@@ -78,7 +78,7 @@ class Api:
 
     async def streams(self, request: Request) -> Response:
         """`GET /relay/v1/streams`: streams by name, paged with `after` and `limit`."""
-        limit = _limit(request.query_params.get("limit", "100"))
+        limit = read_limit(request.query_params, 100)
         infos = await self._app.journal.streams(request.query_params.get("after", ""), limit + 1)
         page = infos[:limit]
         return Json(
@@ -151,7 +151,7 @@ class EventsEndpoint:
         try:
             await self._read(stream, request, scope, receive, send)
         except (Busy, JournalError):
-            if request.media_type == JSON:
+            if not _can_be_asked_back(request):
                 raise
             await self._ask_to_come_back(stream, request, "drain" if self._app.draining else "busy", send)
 
@@ -162,17 +162,17 @@ class EventsEndpoint:
             raise Busy("This relay is shutting down.")
         info = await self._existing(stream, request.wait_s, scope)
         if info is None:
-            if request.media_type == JSON:
+            if not _can_be_asked_back(request):
                 raise UnknownStream(f"Stream {stream!r} was not created in time.")
             await self._ask_to_come_back(stream, request, "not_yet", send)
             return
-        run = await self._run(info, request.run)
+        cursor = await self._cursor(info, request)
+        run = await self._run(info, request, cursor)
         if request.run is not None and run is None:
             await send_no_content(send)
             return
         view = request.view(None if run is None else run.run)
-        position = await self._position(info, run, request)
-        page = await self._app.journal.read(stream, position, *_page_bounds(request))
+        position, page = await self._place(info, run, request, cursor)
         standing = judge(position, page.extent, page.anchor_ms)
         nothing_left = _nothing_left(info, run, view, position)
         if request.cursor is not None:
@@ -202,48 +202,92 @@ class EventsEndpoint:
 
     async def _existing(self, stream: str, wait_s: float, scope: Scope) -> StreamInfo | None:
         """The stream; None when it did not come into being in time. Raises `UnknownStream` without a wait."""
-        journal, tails = self._app.journal, self._app.tails
+        app, journal, tails = self._app, self._app.journal, self._app.tails
         if not wait_s:
             return await journal.describe(stream)
+        if len(app.readers) >= app.settings.readers_max:
+            raise Busy("This relay serves as many readers as it may.")
         deadline = tails.now() + wait_s
         tail = tails.acquire(stream)
         arrival = _Arrival(tail)
         connection = scope["extensions"][CONNECTION]
         connection.on_lost = arrival.give_up
+        app.readers.expect(arrival.give_up)
         try:
             while True:
+                arrival.listen()  # before the question, so that no news after its answer is missed
                 try:
                     return await journal.describe(stream)
                 except UnknownStream:
                     if not await arrival.wait(deadline - tails.now()):
-                        return None
+                        break
         finally:
             connection.on_lost = None
-            tails.release(tail)
+            app.readers.expected(arrival.give_up)
+            tails.release(tail, arrival)
+        if app.draining:
+            raise Busy("This relay is shutting down.")
+        return None
 
-    async def _run(self, info: StreamInfo, wanted: str | None) -> RunInfo | None:
+    async def _cursor(self, info: StreamInfo, request: ReadRequest) -> Cursor | None:
+        """The cursor that the client presented. Raises `ResumeUnknown`."""
+        cursor = request.cursor
+        if not isinstance(cursor, ResumeId):
+            return cursor
+        found = await self._app.journal.resolve_token(cursor.token)
+        if found is None or found[0] != info.stream:
+            raise ResumeUnknown("This resume id is not one of this stream.")
+        if cursor.cursor.seq:
+            return cursor.cursor
+        return (await self._app.journal.run(*found)).start
+
+    async def _run(self, info: StreamInfo, request: ReadRequest, cursor: Cursor | None) -> RunInfo | None:
+        wanted = request.run
         if wanted is None:
             return None
         if wanted == "current":
             name = info.open_runs[-1] if info.open_runs else ""
+        elif wanted == "latest":
+            name = info.latest_run
         else:
-            name = info.latest_run if wanted == "latest" else wanted
-        return await self._app.journal.run(info.stream, name) if name else None
+            return await self._app.journal.run(info.stream, wanted)
+        run = await self._app.journal.run(info.stream, name) if name else None
+        if request.resumes and cursor is not None and (run is None or cursor.seq < run.start.seq):
+            cut = await self._cut_run(info.stream, cursor)
+            if cut is not None and not _nothing_left(info, cut, request.view(cut.run), cursor):
+                return cut
+        return run
 
-    async def _position(self, info: StreamInfo, run: RunInfo | None, request: ReadRequest) -> Cursor:
-        cursor = request.cursor
-        start = info.extent.before_earliest if run is None else run.start
+    async def _cut_run(self, stream: str, cursor: Cursor) -> RunInfo | None:
+        """The run whose answer was cut at a cursor. `current` may mean another one by now, or none, but who
+        comes back to it is owed the rest of this one first."""
+        journal = self._app.journal
+        page = await journal.read(stream, Cursor(max(0, cursor.seq - 1), 0), 2, PAGE_MAX_BYTES)
+        for frame in page.frames:
+            if frame.seq == cursor.seq and frame.id != cursor:
+                return None
+            if frame.seq > cursor.seq + 1:
+                return None
+            if frame.seq > cursor.seq or not is_terminal(frame):
+                return await journal.run(stream, frame.run)
+        return None
+
+    async def _place(
+        self, info: StreamInfo, run: RunInfo | None, request: ReadRequest, cursor: Cursor | None
+    ) -> tuple[Cursor, Page]:
+        """Where the reader stands, and what the journal holds after it."""
+        read = partial(self._app.journal.read, info.stream)
+        bounds = _page_bounds(request)
         if cursor is None:
-            return info.extent.top if request.from_tail else start
-        if isinstance(cursor, ResumeId):
-            found = await self._app.journal.resolve_token(cursor.token)
-            if found is None or found[0] != info.stream:
-                raise ResumeUnknown("This resume id is not one of this stream.")
-            if cursor.cursor.seq == 0:
-                start_of = await self._app.journal.run(*found)
-                cursor = ResumeId(cursor.token, start_of.start)
-            cursor = cursor.cursor
-        return max(cursor, start) if run is not None else cursor
+            start = info.extent.before_earliest if run is None else run.start
+            position = info.extent.top if request.from_tail else start
+            return position, await read(position, *bounds)
+        page = await read(cursor, *bounds)
+        standing = judge(cursor, page.extent, page.anchor_ms)
+        if run is None or cursor.seq >= run.start.seq or standing not in (Standing.HERE, Standing.GAP):
+            return cursor, page
+        # What stood before the run is not shown to this reader, so it loses none of it.
+        return run.start, await read(run.start, *bounds)
 
     async def _ask_to_come_back(self, stream: str, request: ReadRequest, reason: str, send: Send) -> None:
         view = request.view(None)
@@ -260,31 +304,41 @@ class _Arrival:
 
     def __init__(self, tail: Tail) -> None:
         self._tail = tail
-        self._news: asyncio.Future[bool] | None = None
+        self._news: asyncio.Future[None] | None = None
         self._given_up = False
 
     def wake(self) -> None:
         """There is news of the stream."""
         if self._news is not None and not self._news.done():
-            self._news.set_result(True)
+            self._news.set_result(None)
 
     def give_up(self) -> None:
         """Nobody waits any more."""
         self._given_up = True
         self.wake()
 
+    def listen(self) -> None:
+        """Hear of news from now on."""
+        self._news = asyncio.get_running_loop().create_future()
+        self._tail.wait(self)
+
     async def wait(self, longest_s: float) -> bool:
-        """True when there is news, False when the time is over."""
+        """Until there is news or the time is over. False when there is no use in asking again."""
         if longest_s <= 0 or self._given_up:
             return False
-        loop = asyncio.get_running_loop()
-        self._news = loop.create_future()
-        self._tail.wait(self)
-        timer = loop.call_later(longest_s, self.wake)
+        assert self._news is not None
+        timer = asyncio.get_running_loop().call_later(longest_s, self.wake)
         try:
-            return await self._news
+            await self._news
         finally:
             timer.cancel()
+        return not self._given_up
+
+
+def _can_be_asked_back(request: ReadRequest) -> bool:
+    """Whether a read that cannot be served now can be told so in a 200: by `bye`, or at least by `retry`."""
+    in_band = request.media_type == NDJSON and request.control == "events"
+    return in_band or request.media_type == EVENT_STREAM
 
 
 def _page_bounds(request: ReadRequest) -> tuple[int, int]:
@@ -314,6 +368,7 @@ def _cursor_gone(standing: Standing, page: Page) -> CursorGone:
         reason=standing.value,
         earliest_seq=page.extent.earliest_seq,
         top=str(page.extent.top),
+        cursor=str(page.extent.before_earliest),  # from where it can go on, for one who takes the loss
     )
 
 
@@ -349,12 +404,6 @@ async def _send_page(
 def _head(media_type: str) -> list[tuple[bytes, bytes]]:
     charset = b"; charset=utf-8" if media_type == EVENT_STREAM else b""
     return [(b"content-type", media_type.encode() + charset), *STREAMING_HEADERS]
-
-
-def _limit(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= PAGE_MAX_FRAMES:
-        raise InvalidParameter(f"'limit' is a number from 1 to {PAGE_MAX_FRAMES}.", parameter="limit")
-    return int(text)
 
 
 def stream_object(info: StreamInfo) -> dict[str, Any]:

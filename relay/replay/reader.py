@@ -72,6 +72,7 @@ class Reader:
         self._page: Page | None = page
         self._resumed = resumed
         self._ended_at = ended_at
+        self._run_unsure = False  # whether the run's terminal frame may be among what was lost
         self._generation = 0
         self._told_live = False
         self._connected = False
@@ -101,25 +102,27 @@ class Reader:
             end = await self._serve(tail, write)
             await self._say_goodbye(end, write)
         finally:
-            self._tails.release(tail)
+            self._tails.release(tail, self)
         return end
 
     async def _serve(self, tail: Tail, write: Write) -> ReaderEnd:
-        page, self._page = self._page, None
-        if page is not None:
-            await self._say_hello(page, write)
-            await self._show(page, write)
+        if self._page is not None:
+            await self._say_hello(self._page, write)
+            await self._show(write)
         self._connected = True
         while True:
             if self._leaving is not None:
                 return self._leaving
             if tail.deleted:
                 return ReaderEnd.DELETED
-            if self._ended_at is not None and self.position.seq >= self._ended_at:
-                return ReaderEnd.ENDED
             if self.heartbeat_due:
                 self.heartbeat_due = False
                 await self._write(write, self.view.heartbeat(self.position))
+            if self._run_unsure:
+                await self._find_run_again(tail)
+                continue
+            if self._ended_at is not None and self.position.seq >= self._ended_at:
+                return ReaderEnd.ENDED
             if tail.generation == self._generation:
                 found = tail.next_chunk(self.view, self.position)
                 if found is not None:
@@ -141,14 +144,21 @@ class Reader:
                 await self._wait(tail, JOURNAL_RETRY_S)
                 continue
             if page.frames or self._standing(page) is not Standing.HERE:
-                await self._show(page, write)
-            elif tail.next_chunk(self.view, self.position) is not None:
+                self._page = page
+                del page  # or it would be held as long as the client does not take what is written of it
+                await self._show(write)
                 continue
-            elif tail.known and tail.top.seq != self.position.seq:
+            if page.extent.top.seq == self.position.seq:
+                # After a loss the position has the right seq only; the tail goes by the exact id.
+                self.position = page.extent.top
+            if tail.generation != self._generation or tail.next_chunk(self.view, self.position) is not None:
+                continue
+            if not tail.known:
+                if not await self._say_live(write):
+                    await self._wait(tail)
+            elif tail.top != self.position:
                 tail.doubt()
                 await self._wait(tail, JOURNAL_RETRY_S)
-            elif not await self._say_live(write):
-                await self._wait(tail)
 
     async def _read_page(self) -> Page:
         async with self._tails.page_slots:
@@ -156,15 +166,18 @@ class Reader:
                 self.stream, self.position, PAGE_MAX_FRAMES, WRITE_MAX_BYTES
             )
 
-    async def _show(self, page: Page, write: Write) -> None:
-        """Write a page of the journal, and before it what was lost, if anything was."""
+    async def _show(self, write: Write) -> None:
+        """Write the page read last, and before it what was lost, if anything was."""
+        page, self._page = self._page, None
+        assert page is not None
         standing = self._standing(page)
         if standing is not Standing.HERE:
             await self._say_loss(standing, page, write)
         # After a reset the page does not hold what comes next; the next turn reads it.
         if page.frames and page.frames[0].seq == self.position.seq + 1:
-            wires = [encode_wire(frame) for frame in page.frames]
-            await self._pass_on(chunk(self.view, page.frames, wires), write)
+            found = chunk(self.view, page.frames, [encode_wire(frame) for frame in page.frames])
+            del page  # a stalled client holds the bytes written, not the frames they were made of
+            await self._pass_on(found, write)
 
     async def _pass_on(self, found: Chunk, write: Write) -> None:
         if found.data:
@@ -186,17 +199,19 @@ class Reader:
             self.position,
             stream=self.stream,
             cursor=str(self.position),
-            earliest=str(_earliest(page)),
+            earliest=await self._earliest(page),
             top=str(extent.top),
             resumed=self._resumed and self._standing(page) is Standing.HERE,
         )
         await self._write(write, hello)
 
     async def _say_loss(self, standing: Standing, page: Page, write: Write) -> None:
+        if not self.view.tells_loss:
+            raise LossUntold
         position = page.extent.before_earliest
         if standing is Standing.GAP:
             notice = self.view.notice(
-                "gap", position, requested=str(self.position), earliest=str(_earliest(page))
+                "gap", position, requested=str(self.position), earliest=await self._earliest(page)
             )
         else:
             # A cursor that this connection established can only be ahead of a journal that was rewound.
@@ -204,24 +219,37 @@ class Reader:
             reason = Standing.DIVERGED if rewound else standing
             notice = self.view.notice("reset", position, reason=reason.value)
             self._told_live = False
-        if not self.view.tells_loss:
-            raise LossUntold
         await self._write(write, notice)
         self.position = position
-        if self.view.run is not None:
-            await self._find_run_again()
+        self._run_unsure = self.view.run is not None
 
-    async def _find_run_again(self) -> None:
+    async def _find_run_again(self, tail: Tail) -> None:
         """After a loss, learn whether the run's terminal frame is still to come."""
         assert self.view.run is not None
         try:
             info = await self._tails.journal.run(self.stream, self.view.run)
+            self._ended_at = ended_at(info)
         except (UnknownStream, UnknownRun):
             self._ended_at = 0
-            return
         except JournalError:
+            await self._wait(tail, JOURNAL_RETRY_S)
             return
-        self._ended_at = ended_at(info)
+        self._run_unsure = False
+
+    async def _earliest(self, page: Page) -> str | None:
+        """The id of the earliest frame held; None when none is held, or the journal is away."""
+        extent = page.extent
+        if not self.view.tells_loss or extent.earliest_seq > extent.top.seq:
+            return None
+        if extent.earliest_seq == extent.top.seq:
+            return str(extent.top)
+        frames = page.frames
+        if not frames or frames[0].seq != extent.earliest_seq:
+            try:
+                frames = (await self._tails.journal.read(self.stream, extent.before_earliest, 1, 1)).frames
+            except (JournalError, UnknownStream):
+                return None
+        return str(frames[0].id) if frames else None
 
     async def _say_live(self, write: Write) -> bool:
         """Say once that replay has caught up; True when it was said now, and there may be news since."""
@@ -246,7 +274,7 @@ class Reader:
         self.written_at = self._tails.now()
 
     async def _wait(self, tail: Tail, longest_s: float | None = None) -> None:
-        if self._leaving is not None:
+        if self._leaving is not None or tail.deleted:
             return
         loop = asyncio.get_running_loop()
         self._sleep = loop.create_future()
@@ -267,9 +295,10 @@ class Readers:
         self._heartbeat_s = heartbeat_s
         self._write_timeout_s = write_timeout_s
         self._open: dict[Reader, Callable[[], None]] = {}
+        self._callers: set[Callable[[], None]] = set()
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._open) + len(self._callers)
 
     def __iter__(self) -> Iterator[Reader]:
         return iter(self._open)
@@ -281,6 +310,14 @@ class Readers:
     def discard(self, reader: Reader) -> None:
         """The reader has ended."""
         self._open.pop(reader, None)
+
+    def expect(self, give_up: Callable[[], None]) -> None:
+        """Count a client that waits for its stream to be created; `give_up` ends the wait."""
+        self._callers.add(give_up)
+
+    def expected(self, give_up: Callable[[], None]) -> None:
+        """The wait is over."""
+        self._callers.discard(give_up)
 
     def visit(self, now: float) -> None:
         """Cut readers that take nothing, rotate those that are old, send heartbeats to idle ones."""
@@ -300,6 +337,8 @@ class Readers:
         for reader in self._open:
             if reader.rotate_at is not None:
                 reader.leave(ReaderEnd.DRAIN)
+        for give_up in self._callers:
+            give_up()
 
 
 class LossUntold(Exception):
@@ -309,12 +348,3 @@ class LossUntold(Exception):
 def ended_at(info: RunInfo) -> int | None:
     """The seq of a run's terminal frame, None while it is open."""
     return info.last.seq if info.ended_ms else None
-
-
-def _earliest(page: Page) -> Cursor:
-    """The id of the earliest frame held, as well as it is known here."""
-    seq = page.extent.earliest_seq
-    for frame in page.frames[:1]:
-        if frame.seq == seq:
-            return frame.id
-    return page.extent.top if seq == page.extent.top.seq else Cursor(seq, page.extent.created_ms)

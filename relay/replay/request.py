@@ -19,11 +19,13 @@ JSON = "application/json"
 class ReadRequest:
     """`cursor` is None when the reader presented none; then it starts at the tail or at the start.
 
+    `resumes` says that the cursor is the last id of an earlier answer to this request (`Last-Event-ID`).
     `run` is a run's name, `current`, `latest` or None. `wait_s` is how long to wait for the stream to exist.
     """
 
     media_type: str
     cursor: Cursor | ResumeId | None
+    resumes: bool
     from_tail: bool
     run: str | None
     wait_s: float
@@ -53,14 +55,23 @@ def read_request(query: Mapping[str, str], last_event_id: str, accept: str) -> R
     return ReadRequest(
         media_type=_negotiate(accept),
         cursor=_cursor(presented) if presented else None,
+        resumes=bool(last_event_id),
         from_tail=not presented and after == "tail",
         run=run,
         wait_s=_number(query, "wait", 0.0, WAIT_MAX_S),
         control=_word(query, "control", ("events", "comments", "none")),
         envelope=_word(query, "envelope", ("", "json")) == "json",
         heartbeat_event=_word(query, "heartbeat", ("", "event")) == "event",
-        limit=int(_number(query, "limit", PAGE_MAX_FRAMES, PAGE_MAX_FRAMES)) or 1,
+        limit=read_limit(query, PAGE_MAX_FRAMES),
     )
+
+
+def read_limit(query: Mapping[str, str], default: int) -> int:
+    """The `limit` of a page: 1 to `PAGE_MAX_FRAMES`; raises `InvalidParameter`."""
+    text = query.get("limit", str(default))
+    if len(text) > 4 or not text.isascii() or not text.isdigit() or not 1 <= int(text) <= PAGE_MAX_FRAMES:
+        raise InvalidParameter(f"'limit' is a number from 1 to {PAGE_MAX_FRAMES}.", parameter="limit")
+    return int(text)
 
 
 def _cursor(text: str) -> Cursor | ResumeId:
@@ -91,27 +102,31 @@ def _number(query: Mapping[str, str], name: str, default: float, most: float) ->
 
 
 def _negotiate(accept: str) -> str:
-    """The best of our formats by RFC 9110 section 12.5.1; an event stream when nothing else is preferred."""
-    best, best_quality = "", 0.0
-    for item in accept.split(",") if accept.strip() else ["*/*"]:
-        media_range, _, parameters = item.partition(";")
-        quality = 1.0
-        for parameter in parameters.split(";"):
-            name, _, value = parameter.partition("=")
-            if name.strip().lower() == "q":
-                try:
-                    quality = float(value)
-                except ValueError:
-                    quality = 0.0
-        media_range = media_range.strip().lower()
-        if media_range in (NDJSON, JSON):
-            media_type = media_range
-        elif media_range in (EVENT_STREAM, "text/*", "*/*"):
-            media_type = EVENT_STREAM
-        else:
-            continue
-        if quality > best_quality:
-            best, best_quality = media_type, quality
+    """The best of our formats by RFC 9110 section 12.5.1: the most specific range that matches a format
+    decides its quality. Among equals the one that was named wins, then an event stream."""
+    ranges = [_media_range(item) for item in (accept if accept.strip() else "*/*").split(",")]
+    best, best_rank = "", (0.0, 0)
+    for media_type in (EVENT_STREAM, NDJSON, JSON):
+        names = ("*/*", media_type.partition("/")[0] + "/*", media_type)
+        matching = [(names.index(name), quality) for name, quality in ranges if name in names]
+        if matching:
+            specificity, quality = max(matching)
+            rank = (quality, specificity)
+            if quality > 0 and rank > best_rank:
+                best, best_rank = media_type, rank
     if not best:
         raise NotAcceptable(f"This is served as {EVENT_STREAM}, {NDJSON} or {JSON}.")
     return best
+
+
+def _media_range(item: str) -> tuple[str, float]:
+    media_range, *parameters = item.lower().split(";")
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                quality = float(value)
+            except ValueError:
+                quality = 0.0
+            return media_range.strip(), quality if 0 <= quality <= 1 else 0.0
+    return media_range.strip(), 1.0

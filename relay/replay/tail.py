@@ -38,7 +38,9 @@ PAGES_AT_ONCE = 32
 """Journal pages read at the same time by this process, so that a storm of reconnects stays in bounds."""
 
 RETRY_S = 0.25
-"""Pause before a doubt that the journal could not settle is put to it again."""
+"""Pause before a doubt that the journal could not settle is put to it again; doubled up to the next one."""
+
+RETRY_MAX_S = 2.0
 
 
 class Sleeper(Protocol):
@@ -57,6 +59,7 @@ class Tail:
         self.known = False
         """Whether the journal has told where the stream stands; before that the tail holds nothing."""
         self.deleted = False
+        self._closed = False
         self.generation = 0
         """Counts the times the journal was found to be another than the one read before."""
         self.readers = 0
@@ -69,6 +72,7 @@ class Tail:
         self._wires: list[bytes] = []
         self._bytes = 0
         self._chunks: dict[tuple[object, int], Chunk] = {}
+        self._chunk_bytes = 0
         self._waiting: set[Sleeper] = set()
         self._unsettled: list[tuple[Cursor, Sequence[Frame]]] = []
         self._doubted = False
@@ -97,12 +101,26 @@ class Tail:
         if found is None:
             last = self._write_end(first)
             found = chunk(view, self._frames[first:last], self._wires[first:last])
-            self._chunks[key] = found
+            self._keep_chunk(key, found)
         return found
+
+    def _keep_chunk(self, key: tuple[object, int], found: Chunk) -> None:
+        """Share what was encoded; readers at many different positions must not make it grow."""
+        size = len(found.data)
+        if self._chunk_bytes + size > self._tails.settings.ring_max_bytes:
+            self._drop_chunks()
+        self._chunks[key] = found
+        self._chunk_bytes += size
+        self._tails.hold(size)
+        self._tails.make_room(self)
 
     def wait(self, sleeper: Sleeper) -> None:
         """Wake `sleeper` once, when there is news."""
         self._waiting.add(sleeper)
+
+    def stop_waiting(self, sleeper: Sleeper) -> None:
+        """`sleeper` is not to be woken any more."""
+        self._waiting.discard(sleeper)
 
     def _write_end(self, first: int) -> int:
         size = 0
@@ -135,6 +153,8 @@ class Tail:
 
     def doubt(self) -> None:
         """Read the journal: something may have been missed."""
+        if self._closed:
+            return
         self._doubted = True
         if self._settling is None:
             self._settling = self._tails.spawn(self._settle())
@@ -144,17 +164,21 @@ class Tail:
         return 0 <= index < len(self._frames) and self._frames[index].ms == frame.ms
 
     async def _settle(self) -> None:
+        pause_s = RETRY_S
         try:
-            while self._doubted and not self.deleted:
+            while self._doubted:
                 self._doubted = False
                 try:
-                    await self._read_journal()
+                    async with self._tails.page_slots:
+                        await self._read_journal()
                 except UnknownStream:
                     self._lost()
                 except RelayError as error:
-                    log.warning("stream=%s cannot be checked: %s", self.stream, error)
+                    if pause_s == RETRY_S:
+                        log.warning("stream=%s cannot be checked: %s", self.stream, error)
                     self._doubted = True
-                    await asyncio.sleep(RETRY_S)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(pause_s * 2, RETRY_MAX_S)
         finally:
             self._settling = None
             unsettled, self._unsettled = self._unsettled, []
@@ -166,6 +190,7 @@ class Tail:
         if not self.known:
             await self._restart(count=False)
             return
+        self._unsettled.clear()  # What was told before the journal is asked is in its answer.
         page = await journal.read(self.stream, self.top, PAGE_MAX_FRAMES, PAGE_MAX_BYTES)
         standing = judge(self.top, page.extent, page.anchor_ms)
         if standing is Standing.HERE and not page.more:
@@ -176,6 +201,7 @@ class Tail:
             await self._restart(count=standing not in (Standing.HERE, Standing.GAP))
 
     async def _restart(self, *, count: bool) -> None:
+        self._unsettled.clear()
         info = await self._tails.journal.describe(self.stream)
         self._forget()
         self.known = True
@@ -197,11 +223,28 @@ class Tail:
         self._wake()
 
     def _forget(self) -> None:
-        self._tails.held_bytes -= self._bytes
-        self._bytes = 0
-        self._frames.clear()
-        self._wires.clear()
+        self._drop_chunks()
+        self._drop_frames(len(self._frames))
+
+    def _drop_chunks(self) -> None:
+        self._tails.hold(-self._chunk_bytes)
+        self._chunk_bytes = 0
         self._chunks.clear()
+
+    def _drop_frames(self, count: int) -> None:
+        """Drop the oldest frames held; readers that still want them read the journal."""
+        if not count:
+            return
+        size = sum(map(len, self._wires[:count]))
+        self._bytes -= size
+        self._tails.hold(-size)
+        self._floor = self._frames[count - 1].id
+        del self._frames[:count]
+        del self._wires[:count]
+
+    def drop_held(self) -> None:
+        """Make room for others: what this tail holds is in the journal too."""
+        self._forget()
 
     def _take(self, frames: Sequence[Frame]) -> None:
         size = 0
@@ -213,11 +256,12 @@ class Tail:
             if frame.event == CONTROL_EVENT:
                 self._note_control(frame)
         self._bytes += size
-        self._tails.held_bytes += size
         self.top = frames[-1].id
-        self._chunks.clear()
+        self._drop_chunks()
+        self._tails.hold(size)
         self._shrink(len(frames))
         self._flush_soon()
+        self._tails.make_room(self)
 
     def _note_control(self, frame: Frame) -> None:
         if is_terminal(frame):
@@ -231,25 +275,18 @@ class Tail:
 
     def _shrink(self, newest: int) -> None:
         settings = self._tails.settings
-        over = self._tails.held_bytes > settings.rings_max_bytes
-        fits = self._bytes <= settings.ring_max_bytes and len(self._frames) <= settings.ring_max_frames
-        if fits and not over:
+        if self._bytes <= settings.ring_max_bytes and len(self._frames) <= settings.ring_max_frames:
             return
         # Down to three quarters, so that shrinking is rare; the newest batch always stays.
-        max_bytes = 0 if over else settings.ring_max_bytes * 3 // 4
+        max_bytes = settings.ring_max_bytes * 3 // 4
         max_frames = settings.ring_max_frames * 3 // 4
-        drop = 0
+        drop, held = 0, self._bytes
         while drop < len(self._frames) - newest and (
-            self._bytes > max_bytes or len(self._frames) - drop > max_frames
+            held > max_bytes or len(self._frames) - drop > max_frames
         ):
-            size = len(self._wires[drop])
-            self._bytes -= size
-            self._tails.held_bytes -= size
+            held -= len(self._wires[drop])
             drop += 1
-        if drop:
-            self._floor = self._frames[drop - 1].id
-            del self._frames[:drop]
-            del self._wires[:drop]
+        self._drop_frames(drop)
 
     # Waking readers
 
@@ -276,6 +313,7 @@ class Tail:
 
     def close(self) -> None:
         """Forget everything; the tail is not used any more."""
+        self._closed = True
         self._forget()
         if self._flush_timer is not None:
             self._flush_timer.cancel()
@@ -295,6 +333,23 @@ class Tails:
         self._tails: dict[str, Tail] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+
+    # Memory
+
+    def hold(self, size: int) -> None:
+        """Count bytes that a tail begins to hold, or holds no more."""
+        self.held_bytes += size
+
+    def make_room(self, newest: Tail) -> None:
+        """Keep this process within its bound: tails that were quiet longest drop what they hold first, down
+        to three quarters, so that this is rare. The batch that `newest` has just taken stays."""
+        if self.held_bytes <= self.settings.rings_max_bytes:
+            return
+        for tail in sorted(self._tails.values(), key=lambda tail: tail.active_at):
+            if tail is not newest:
+                tail.drop_held()
+            if self.held_bytes <= self.settings.rings_max_bytes * 3 // 4:
+                return
 
     # Following
 
@@ -319,14 +374,17 @@ class Tails:
             tail.doubt()
 
     async def check_quiet(self) -> None:
-        """Compare streams that were quiet for a while with the journal: a lost hint shows here."""
+        """Compare streams that were quiet for a while with the journal: a lost hint shows here, and so does
+        a tail that still waits to be told that it is followed."""
         horizon = self.now() - self.settings.quiet_check_s
-        quiet = [tail for tail in self._tails.values() if tail.known and tail.active_at <= horizon]
+        quiet = [tail for tail in self._tails.values() if tail.active_at <= horizon]
         if not quiet:
             return
         tops = await self.journal.tops([tail.stream for tail in quiet])
         for tail in quiet:
-            if tops.get(tail.stream, ORIGIN) != tail.top:
+            if tail.active_at <= horizon and (
+                not tail.known or tops.get(tail.stream, ORIGIN) != tail.top
+            ):
                 tail.doubt()
 
     # Holding
@@ -344,8 +402,9 @@ class Tails:
         tail.readers += 1
         return tail
 
-    def release(self, tail: Tail) -> None:
-        """Give a tail back."""
+    def release(self, tail: Tail, sleeper: Sleeper) -> None:
+        """Give a tail back; `sleeper` waited for it."""
+        tail.stop_waiting(sleeper)
         tail.readers -= 1
         if tail.readers == 0 and not self._closed and self._tails.get(tail.stream) is tail:
             tail.idle_timer = self.call_at(self.now() + LINGER_S, lambda: self._drop_idle(tail))
