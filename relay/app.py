@@ -29,7 +29,7 @@ from relay.errors import (
     UpgradeUnsupported,
 )
 from relay.ingest.proxy import EVENT_STREAM, Call, ClientGone, Passed, Proxy, RunAnswer
-from relay.ingest.upstream import IdleBody, TruncatedBody, Upstream
+from relay.ingest.upstream import TruncatedBody, Upstream
 from relay.journal.base import Journal, Page, RunInfo
 from relay.lifecycle import Reason, Status, ending
 from relay.limits import PAGE_MAX_FRAMES
@@ -109,9 +109,9 @@ class App:
                 continue
             next_check = self.tails.now() + VISIT_S
             try:
-                await self.tails.check_quiet()
                 if self._proxy is not None:
                     await self._proxy.visit()
+                await self.tails.check_quiet()
             except JournalError:
                 pass  # readers and pumps meet it themselves, and wait
             except Exception:
@@ -142,10 +142,15 @@ class App:
             pass
         except RelayError as error:
             await send_problem(error, send)
+        except Exception:
+            if scope["extensions"][CONNECTION].response_started:
+                raise  # uvicorn breaks the connection
+            log.exception("a request failed: %s %s", scope["method"], path)
+            await send_problem(RelayError("relay failed; its log says why."), send)
 
     async def _proxied(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = _call(scope, receive)
-        if call.header("upgrade").lower() == "websocket":
+        if any(token.strip().lower() == "websocket" for token in call.header("upgrade").split(",")):
             raise UpgradeUnsupported("relay does not proxy WebSocket connections.")
         presented = call.header("last-event-id")
         browser = _is_event_source(call)
@@ -155,17 +160,36 @@ class App:
                 return
             if self._proxy is None:
                 raise RouteNotFound("No upstream is configured; relay's own routes are under /relay.")
-            opened = await self._proxy.open(call)
+            opened = await self._open(self._proxy, call, scope)
             if isinstance(opened, Passed):
                 await _pass_on(opened, call.method, scope, send)
             elif opened.info is None:
                 await self._serve_new_run(opened, browser, scope, send)
             else:
-                await self._serve_known_run(opened, opened.info, opened.start, browser, scope, send)
+                await self._serve_known_run(opened, opened.info, None, browser, scope, send)
         except (Busy, JournalError) as error:
             if not browser:
                 raise
             await self._ask_to_come_back(error, send)
+
+    @staticmethod
+    async def _open(proxy: Proxy, call: Call, scope: Scope) -> Passed | RunAnswer:
+        """Ask upstream. On paths that are never journaled a client that leaves takes the call with it."""
+        if not proxy.passes(call.path):
+            return await proxy.open(call)
+        connection = scope["extensions"][CONNECTION]
+        task = asyncio.current_task()
+        assert task is not None
+        connection.on_lost = task.cancel
+        try:
+            return await proxy.open(call)
+        except asyncio.CancelledError:
+            if not connection.lost:
+                raise
+            task.uncancel()
+            raise ClientGone from None
+        finally:
+            connection.on_lost = None
 
     async def _resume(self, presented: str, browser: bool, scope: Scope, send: Send) -> None:
         """Answer a request that carries a resume id from the journal, never from upstream."""
@@ -186,11 +210,22 @@ class App:
         await self._serve_run(answer, answer.start, None, None, browser, scope, send)
 
     async def _serve_known_run(
-        self, answer: RunAnswer, info: RunInfo, after: Cursor, browser: bool, scope: Scope, send: Send
+        self,
+        answer: RunAnswer,
+        info: RunInfo,
+        presented: Cursor | None,
+        browser: bool,
+        scope: Scope,
+        send: Send,
     ) -> None:
+        """A run from a cursor its reader has, or from its start; a reader that has all of it gets 204."""
+        if len(self.readers) >= self.settings.readers_max:
+            raise Busy("This relay serves as many readers as it may.")
+        after = answer.start if presented is None else presented
         page = await self.journal.read(answer.stream, after, PAGE_MAX_FRAMES, WRITE_MAX_BYTES)
         standing = judge(after, page.extent, page.anchor_ms)
-        if info.ended_ms and info.last_data <= after.seq and standing in (Standing.HERE, Standing.GAP):
+        nothing_left = info.ended_ms and info.last_data <= after.seq
+        if presented is not None and nothing_left and standing in (Standing.HERE, Standing.GAP):
             self.metrics.resumed("ended")
             await send_no_content(send)
             return
@@ -199,7 +234,8 @@ class App:
             raise CursorGone(
                 "The journal does not hold what comes after this id any more.", reason=standing.value
             )
-        self.metrics.resumed("resumed")
+        if presented is not None:
+            self.metrics.resumed("resumed")
         await self._serve_run(answer, after, page, ended_at(info), browser, scope, send)
 
     async def _serve_run(
@@ -251,7 +287,8 @@ class App:
             if pump.broken:
                 break_off()
         try:
-            await self.serve(
+            # A run opened just now is not refused its first reader: upstream was called for it.
+            await self._serve(
                 reader, scope, send, status=answer.status, headers=headers, prime=prime, whole=whole
             )
         finally:
@@ -275,6 +312,9 @@ class App:
         """Serve a reader and count it."""
         if len(self.readers) >= self.settings.readers_max:
             raise Busy("This relay serves as many readers as it may.")
+        await self._serve(reader, scope, send, **response)
+
+    async def _serve(self, reader: Reader, scope: Scope, send: Send, **response: Any) -> None:
         end = await serve_reader(reader, self.readers, scope, send, **response)
         self.metrics.readers_ended.labels(end).inc()
 
@@ -297,7 +337,12 @@ def _call(scope: Scope, receive: Receive) -> Call:
         name == b"transfer-encoding" or (name == b"content-length" and value.strip() != b"0")
         for name, value in headers
     )
+    for name, value in headers:
+        if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+            # Passed on without the header, the body would be taken for something else.
+            raise CallerError("A request's transfer coding can only be chunked.")
     client = scope.get("client")
+    connection = scope["extensions"][CONNECTION]
     return Call(
         method=scope["method"],
         path=scope["path"],
@@ -305,6 +350,7 @@ def _call(scope: Scope, receive: Receive) -> Call:
         headers=headers,
         body=_request_body(receive) if has_body else None,
         client_host=client[0] if client else "",
+        client_gone=lambda: connection.lost,
     )
 
 
@@ -323,7 +369,7 @@ def _is_event_source(call: Call) -> bool:
     """A browser's own EventSource: it comes back by itself, with the last id it saw."""
     return (
         call.method == "GET"
-        and EVENT_STREAM in call.header("accept")
+        and call.header("accept").lower() == EVENT_STREAM
         and call.header("sec-fetch-dest") != ""
     )  # fmt: skip
 
@@ -342,8 +388,9 @@ async def _pass_on(passed: Passed, method: str, scope: Scope, send: Send) -> Non
             async for data in answer.body():
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-    except (TruncatedBody, IdleBody) as error:
-        log.info("passed answer broke off: %s", error)
+    except TruncatedBody as error:
+        if not connection.lost:
+            log.info("passed answer broke off: %s", error)
         connection.finish_and_abort()
     finally:
         connection.on_lost = None

@@ -8,44 +8,109 @@ from typing import Any
 
 import orjson
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from relay.replay.response import CONNECTION
 
 HEAD_MAX_BYTES = 64 * 1024
 """Largest request head; llhttp itself has no bound."""
 
-ABORT_AFTER_S = 1.0
+ABORT_AFTER_S = 10.0
 """A broken answer's connection is given so long to take the bytes that were written before."""
+
+REFUSED_LINGER_S = 1.0
+"""What a refused client still sends is read for so long: closing at once would reset the connection, and the
+client would lose the answer (RFC 9112 section 9.6)."""
+
+
+class Exchange:
+    """One request on a connection: what its response needs to know and do beyond ASGI.
+
+    Of its own, and not the connection's, because a client may have sent its next request already."""
+
+    __slots__ = ("_on_lost", "_protocol", "cycle")
+
+    def __init__(self, protocol: RelayProtocol, cycle: RequestResponseCycle) -> None:
+        self.cycle = cycle
+        self._protocol = protocol
+        self._on_lost: Callable[[], None] | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the client is gone."""
+        return self._protocol.lost
+
+    @property
+    def response_started(self) -> bool:
+        """Whether a head was sent, so that no other answer is possible any more."""
+        return self.cycle.response_started
+
+    @property
+    def on_lost(self) -> Callable[[], None] | None:
+        """Called once when the client is gone; soon, if it is gone already."""
+        return self._on_lost
+
+    @on_lost.setter
+    def on_lost(self, callback: Callable[[], None] | None) -> None:
+        self._on_lost = callback
+        if callback is not None and self.lost:
+            self._protocol.loop.call_soon(callback)
+
+    def abort(self) -> None:
+        """Break the connection at once; what was not sent is dropped."""
+        self._protocol.transport.abort()
+
+    def finish_and_abort(self) -> None:
+        """Send what was written, then end the connection without ending the response: it broke off."""
+        self.cycle.response_complete = True  # uvicorn need not complain of it
+        transport = self._protocol.transport
+        transport.close()
+        self._protocol.loop.call_later(ABORT_AFTER_S, transport.abort)
+
+
+class HeadTooLarge(Exception):
+    """A request head is larger than `HEAD_MAX_BYTES`."""
 
 
 class RelayProtocol(HttpToolsProtocol):
     """uvicorn's protocol, which also bounds request heads, tells a response that its client left, and can
     break a connection without waiting for a client that does not read."""
 
-    on_lost: Callable[[], None] | None = None
+    lost = False
     _in_head = True
     _head_bytes = 0
+    _heads = 0
+    _refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin without any request."""
+        self._exchanges: list[Exchange] = []
+        super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of a head that is not complete."""
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_MAX_BYTES and (len(data) > HEAD_MAX_BYTES or b"\r\n\r\n" not in data):
-                self._refuse(431, "head_too_large", "The request head is too large.")
-                return
+        """Bound a head that does not end; one that ended is measured in `on_headers_complete`."""
+        if self._refused:
+            return
+        was_in_head, heads = self._in_head, self._heads
         super().data_received(data)
-
-    def on_message_begin(self) -> None:
-        """Give the application this connection."""
-        super().on_message_begin()
-        self.scope["extensions"] = {CONNECTION: self}  # type: ignore[dict-item]
+        # Only a read that lies within one head counts whole: others may hold much of a body too.
+        if was_in_head and self._heads == heads:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_MAX_BYTES and not self._refused:
+                self._refuse_large_head()
 
     def on_headers_complete(self) -> None:
         """The head is over; what follows is a body, and bounded elsewhere."""
         self._in_head = False
         self._head_bytes = 0
+        self._heads += 1
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > HEAD_MAX_BYTES:
+            self._refuse_large_head()
+            raise HeadTooLarge  # stops the parser, which comes back by `send_400_response`
         super().on_headers_complete()
+        exchange = Exchange(self, self.cycle)
+        self._exchanges = [*self._under_way(), exchange]
+        self.scope["extensions"] = {CONNECTION: exchange}  # type: ignore[dict-item]
 
     def on_message_complete(self) -> None:
         """The next byte begins another head."""
@@ -53,37 +118,53 @@ class RelayProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the response that is under way."""
+        """Tell the responses that are under way; uvicorn tells the last request only."""
+        self.lost = True
+        self._disconnect()
         super().connection_lost(exc)
-        if self.on_lost is not None:
-            self.on_lost()
-
-    def abort(self) -> None:
-        """Break the connection at once; what was not sent is dropped."""
-        self.transport.abort()
-
-    def finish_and_abort(self) -> None:
-        """Send what was written, then end the connection without ending the response: it broke off."""
-        self.cycle.response_complete = True  # uvicorn need not complain of it
-        self.transport.close()
-        self.loop.call_later(ABORT_AFTER_S, self.transport.abort)
+        for exchange in self._exchanges:
+            if exchange.on_lost is not None:
+                exchange.on_lost()
 
     def send_400_response(self, msg: str) -> None:
         """A request that is not HTTP."""
-        self._refuse(400, "malformed_request", msg)
+        if not self._refused:
+            self._refuse(400, "Bad Request", "malformed_request", msg)
 
-    def _refuse(self, status: int, code: str, detail: str) -> None:
-        body = orjson.dumps({"title": "Bad request", "status": status, "code": code, "detail": detail})
+    def _refuse_large_head(self) -> None:
+        self._refuse(
+            431, "Request Header Fields Too Large", "head_too_large", "The request head is too large."
+        )
+
+    def _refuse(self, status: int, title: str, code: str, detail: str) -> None:
+        self._refused = True
+        under_way = [exchange.cycle for exchange in self._under_way()]
+        self._disconnect()
+        # The refusal must not be taken for the answer to an earlier request, or for a piece of it.
+        if any(cycle.response_started or not cycle.more_body for cycle in under_way):
+            self.transport.close()
+            return
+        body = orjson.dumps({"title": title, "status": status, "code": code, "detail": detail})
         head = (
-            f"HTTP/1.1 {status} Bad Request\r\ncontent-type: application/problem+json\r\n"
+            f"HTTP/1.1 {status} {title}\r\ncontent-type: application/problem+json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        self.transport.close()
+        self.transport.write_eof()
+        self.loop.call_later(REFUSED_LINGER_S, self.transport.abort)
+
+    def _under_way(self) -> list[Exchange]:
+        return [exchange for exchange in self._exchanges if not exchange.cycle.response_complete]
+
+    def _disconnect(self) -> None:
+        for exchange in self._under_way():
+            exchange.cycle.disconnected = True
+            exchange.cycle.message_event.set()
 
     def _unsupported_upgrade_warning(self) -> None:
-        # The application answers 501; a client's choice is no reason for a warning.
-        pass
+        # The application answers 501, or ignores the wish; a client's choice is no reason for a warning. What
+        # the client sends next may be of another protocol.
+        self.cycle.keep_alive = False
 
 
 class RelayServer(uvicorn.Server):

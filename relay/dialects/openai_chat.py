@@ -31,13 +31,13 @@ class OpenAIChat:
 
     def read(self, event: Event) -> Signal:
         """Text is every choice's `delta.content` and `delta.refusal`; `error` is an object or a string."""
-        if event.data == _DONE:
+        if event.data.startswith(_DONE):  # as the SDK looks for it
             return Signal(terminal=True)
         payload = _payload(event)
         if payload is None:
             return Signal()
         if payload.get("error"):
-            return Signal(error=_error_text(payload["error"]))
+            return Signal(error=_error_text(payload["error"], event))
         return Signal(text_bytes=_text_bytes(payload.get("choices")))
 
     def error_event(self, ending: Ending) -> Event | None:
@@ -55,9 +55,12 @@ def _payload(event: Event) -> dict[str, Any] | None:
     return payload if isinstance(payload, dict) else None
 
 
-def _error_text(error: Any) -> str:
+def _error_text(error: Any, event: Event) -> str:
     message = error.get("message") if isinstance(error, dict) else error
-    return message if isinstance(message, str) else orjson.dumps(error).decode()
+    if isinstance(message, str) and message.strip():
+        return message
+    # Encoded again it could be refused: orjson writes less deep nesting than it reads.
+    return event.data.decode(errors="replace")
 
 
 def _text_bytes(choices: Any) -> int:

@@ -7,9 +7,10 @@ import hashlib
 import ipaddress
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import orjson
@@ -21,10 +22,15 @@ from relay.errors import (
     Busy,
     InvalidName,
     JournalError,
+    JournalRefused,
+    JournalUnavailable,
     KeyReused,
     RelayError,
+    ResumeUnknown,
     StartupError,
     StreamSealed,
+    UnknownRun,
+    UnknownStream,
     UpstreamInvalid,
 )
 from relay.ingest.naming import naming_rules, parse_json
@@ -75,19 +81,21 @@ class Call:
     headers: Headers
     body: AsyncIterator[bytes] | None
     client_host: str
+    client_gone: Callable[[], bool]
 
     def header(self, name: str) -> str:
         """A header's first value, or ""."""
+        return next(iter(self.all_of(name)), "")
+
+    def all_of(self, name: str) -> list[str]:
+        """A header's values, one for each time it was sent."""
         wanted = name.encode()
-        for key, value in self.headers:
-            if key == wanted:
-                return value.decode("latin-1").strip()
-        return ""
+        return [value.decode("latin-1").strip() for key, value in self.headers if key == wanted]
 
     @property
     def trusted(self) -> bool:
         """Whether the caller may name streams: on loopback, and not forwarded for somebody else."""
-        if self.header("x-forwarded-for") or self.header("forwarded"):
+        if self.all_of("x-forwarded-for") or self.all_of("forwarded"):
             return False
         try:
             return ipaddress.ip_address(self.client_host).is_loopback
@@ -130,7 +138,6 @@ class Passed:
 
     answer: Answer
     headers: Headers
-    leaves_with_client: bool
 
 
 class Proxy:
@@ -158,7 +165,9 @@ class Proxy:
         self._naming = naming_rules(settings.stream_from)
         self._named_dialect = BY_NAME.get(settings.dialect)
         self._pumps: dict[tuple[str, str], Pump] = {}
-        self._kept: dict[tuple[str, str], Pump] = {}
+        self._opening = 0
+        self._unwritten: dict[tuple[str, str], Callable[[], Awaitable[None]]] = {}
+        self._finishing: set[asyncio.Task[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
         self._owner = secrets.token_urlsafe(16)
@@ -170,13 +179,20 @@ class Proxy:
 
     # Requests
 
+    def passes(self, path: str) -> bool:
+        """Whether a path is never journaled, and closed with its client at every moment."""
+        return any(fnmatchcase(path, glob) for glob in self._settings.passthrough)
+
     async def open(self, call: Call) -> Passed | RunAnswer:
-        """Send a request to upstream, or find the run an earlier one with the same key led to."""
+        """Send a request to upstream, or find the run an earlier one with the same key led to.
+
+        A client that leaves meanwhile does not stop this: whether the answer is a run, which goes on without
+        it, shows only when upstream's head is there."""
         if self._draining:
             raise Busy("This relay is shutting down.")
-        if any(fnmatchcase(call.path, glob) for glob in self._settings.passthrough):
+        if self.passes(call.path):
             answer = await self._call(call, call.body)
-            return Passed(answer, end_to_end(answer.headers), leaves_with_client=True)
+            return Passed(answer, end_to_end(answer.headers))
         key = call.header("idempotency-key")
         body: AsyncIterator[bytes] | bytes | None = call.body
         if key or (self._naming.needs_body and "json" in call.header("content-type")):
@@ -187,7 +203,7 @@ class Proxy:
             stream = check_stream_name(call.header("relay-stream"))
         if key:
             assert body is None or isinstance(body, bytes)
-            return await self._open_keyed(call, body or b"", stream, key)
+            return await self._open_keyed(call, body, stream, key)
         return await self._open(call, body, stream)
 
     async def _open(
@@ -196,12 +212,12 @@ class Proxy:
         answer = await self._call(call, body)
         try:
             if not self._is_stream(call, answer):
-                return Passed(answer, end_to_end(answer.headers), leaves_with_client=False)
+                return Passed(answer, end_to_end(answer.headers))
             return await self._open_run(call, answer, stream)
         except JournalError:
             if self._settings.journal_down == "passthrough":
                 headers = [*end_to_end(answer.headers), (b"relay-journal", b"down")]
-                return Passed(answer, headers, leaves_with_client=True)
+                return Passed(answer, headers)
             answer.close()
             raise
         except BaseException:
@@ -234,7 +250,7 @@ class Proxy:
     # Runs
 
     async def _open_run(self, call: Call, answer: Answer, stream: str) -> RunAnswer:
-        if self._draining or len(self._pumps) >= self._settings.open_runs_max:
+        if self._draining or len(self._pumps) + self._opening >= self._settings.open_runs_max:
             raise Busy("This relay has as many open runs as it may.")
         coding = answer.header(b"content-encoding").lower()
         if coding not in ("", "identity", *Inflater.CODINGS):
@@ -254,18 +270,25 @@ class Proxy:
             answer=_kept_head(answer.status, head),
             seal=not named,
         )
+        writer = RunWriter(
+            self._journal, opening.stream, opening.run, opening.writer, self._settings.journal_deadline_s
+        )
+        self._opening += 1
         try:
             opened = await self._journal.open_run(opening)
         except StreamSealed:
             log.warning("stream=%s is sealed; upstream's answer cannot be journaled", opening.stream)
             raise
-        writer = RunWriter(
-            self._journal, opening.stream, opening.run, opening.writer, self._settings.journal_deadline_s
-        )
+        except JournalUnavailable:
+            # The run may have been opened: then it must end, and nobody else knows of it.
+            self._write_later(writer, partial(_end_unanswered, writer))
+            raise
+        finally:
+            self._opening -= 1
         parser = (ServerSentEvents if sse else Lines)(self._settings.frame_max_bytes)
         pump = Pump(writer, answer, parser, dialect, self._now())
         self._pumps[opening.stream, opening.run] = pump
-        self._spawn(self._run(pump))
+        self._spawn(self._run(pump), self._tasks)
         return RunAnswer(
             opening.stream, opening.run, opening.token, opened.start, answer.status, head, pump
         )
@@ -276,12 +299,23 @@ class Proxy:
             await pump.run()
         finally:
             del self._pumps[key]
+        self._count(pump)
+        if pump.unwritten is not None:
+            self._write_later(pump.writer, partial(self._write_kept, pump))
+        self._spawn(pump.let_upstream_finish(), self._finishing)
+
+    def _count(self, pump: Pump) -> None:
         if pump.ended is not None:
             self._on_ended(pump.ended, pump.text_bytes)
-        if pump.unwritten is not None:
-            while len(self._kept) >= UNWRITTEN_MAX:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = pump
+
+    def _write_later(self, writer: RunWriter, write: Callable[[], Awaitable[None]]) -> None:
+        while len(self._unwritten) >= UNWRITTEN_MAX:
+            self._unwritten.pop(next(iter(self._unwritten)))
+        self._unwritten[writer.stream, writer.run] = write
+
+    async def _write_kept(self, pump: Pump) -> None:
+        await pump.write_kept()
+        self._count(pump)
 
     @staticmethod
     def _head(answer: Answer) -> Headers:
@@ -300,22 +334,30 @@ class Proxy:
 
     # Idempotency keys
 
-    async def _open_keyed(self, call: Call, body: bytes, stream: str, key: str) -> Passed | RunAnswer:
-        """One run per key: the first request calls upstream, the others join its run."""
+    async def _open_keyed(
+        self, call: Call, body: bytes | None, stream: str, key: str
+    ) -> Passed | RunAnswer:
+        """One run per key: the first request calls upstream, the others join its run.
+
+        A key whose run the journal does not keep any more is 410 for the rest of its time. Calling upstream
+        again would do twice what the key promises to do once; a new key asks for that."""
         scope = (
-            call.method, call.target, stream, call.header("authorization"), call.header("cookie"), key,
+            call.method, call.target, stream, call.all_of("authorization"), call.all_of("cookie"), key,
         )  # fmt: skip
         claimed = hashlib.sha256(orjson.dumps(scope)).hexdigest()
-        digest = hashlib.sha256(body).hexdigest()
+        digest = hashlib.sha256(body or b"").hexdigest()
         holder = f"{self._owner}.{secrets.token_hex(8)}"
         try:
-            joined = await self._claim(claimed, digest, holder)
+            joined = await self._claim(call, claimed, digest, holder)
         except JournalError:
             if self._settings.journal_down == "fail":
                 raise
             return await self._open(call, body, stream)
         if joined is not None:
-            return await self.attached(*joined)
+            try:
+                return await self.attached(*joined)
+            except (UnknownStream, UnknownRun):
+                raise ResumeUnknown("The answer to this Idempotency-Key is not kept any more.") from None
         renewing = asyncio.create_task(self._renew(claimed, digest, holder))
         try:
             opened = await self._open(call, body, stream)
@@ -325,14 +367,26 @@ class Proxy:
         if isinstance(opened, Passed):
             await self._unclaim(renewing, claimed, holder)
         else:
-            renewing.cancel()
-            try:
-                await self._journal.settle(claimed, holder, opened.stream, opened.run)
-            except JournalError as error:
-                log.warning("an Idempotency-Key could not be settled run=%s: %s", opened.run, error)
+            self._spawn(self._settle(renewing, claimed, holder, opened), self._tasks)
         return opened
 
-    async def _claim(self, key: str, digest: str, holder: str) -> tuple[str, str] | None:
+    async def _settle(self, renewing: asyncio.Task[None], key: str, holder: str, answer: RunAnswer) -> None:
+        """Write down where a key led. Until then it stays this request's, and others wait for it."""
+        deadline = self._now() + self._settings.journal_deadline_s
+        try:
+            while True:
+                try:
+                    await self._journal.settle(key, holder, answer.stream, answer.run)
+                    return
+                except JournalError as error:
+                    if self._now() > deadline:
+                        log.warning("an Idempotency-Key could not be settled run=%s: %s", answer.run, error)
+                        return
+                await asyncio.sleep(CLAIM_POLL_S)
+        finally:
+            renewing.cancel()
+
+    async def _claim(self, call: Call, key: str, digest: str, holder: str) -> tuple[str, str] | None:
         """Wait for the key. None when it is this request's to use, else the stream and run it led to."""
         settings = self._settings
         deadline = self._now() + settings.upstream_header_timeout_s + settings.claim_lease_s
@@ -346,7 +400,9 @@ class Proxy:
                 return claim.stream, claim.run
             if claim.state == "mismatch":
                 raise KeyReused("This Idempotency-Key was sent before with another body.")
-            if self._now() > deadline:
+            if call.client_gone():
+                raise ClientGone
+            if self._draining or self._now() > deadline:
                 raise Busy("The request that holds this Idempotency-Key is not answered.")
             await asyncio.sleep(CLAIM_POLL_S)
 
@@ -380,14 +436,16 @@ class Proxy:
                 pump.read_at = now
             elif now - pump.read_at > settings.abandon_s:
                 await self._abandon(stream, pump)
-        for key, pump in list(self._kept.items()):
+        for key, write in list(self._unwritten.items()):
             try:
-                await pump.write_kept()
+                await write()
+            except JournalRefused:
+                continue
             except JournalError:
                 return
             except RelayError as error:
                 log.error("an ending was refused stream=%s run=%s: %s", *key, error)
-            self._kept.pop(key, None)
+            self._unwritten.pop(key, None)
 
     async def _abandon(self, stream: str, pump: Pump) -> None:
         try:
@@ -410,14 +468,25 @@ class Proxy:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._settings.journal_timeout_s)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    @staticmethod
+    def _spawn(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
+
+
+async def _end_unanswered(writer: RunWriter) -> None:
+    """End a run of which it is not known whether the journal opened it."""
+    try:
+        await writer.append_once(
+            (), 0, "", ending(Reason.JOURNAL_LOST, "The journal did not say whether the run was opened.")
+        )
+    except (UnknownStream, UnknownRun):
+        pass  # it was not
 
 
 def _stream_named_by(answer: Answer) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from relay.dialects.base import Dialect
 from relay.dialects.detect import RAW, by_first_event
-from relay.errors import Fenced, FrameTooLarge, InvalidEvent, JournalError, RelayError, RunEnded
+from relay.errors import Fenced, FrameTooLarge, InvalidEvent, JournalError, RelayError, RunEnded, SequenceGap
 from relay.frame import Event, check_event_name
 from relay.ingest.upstream import Answer, IdleBody, TruncatedBody
 from relay.ingest.writer import RunWriter
@@ -21,6 +21,10 @@ from relay.ndjson import LineParser
 from relay.sse import EventStreamParser
 
 log = logging.getLogger("relay.run")
+
+FINISH_S = 30.0
+FINISH_MAX_BYTES = 1024 * 1024
+"""How long, and how much, upstream may still send after its terminal marker before it is cut off."""
 
 
 class Lines:
@@ -93,6 +97,8 @@ class Pump:
         self._stopped: Ending | None = None
         self._moving: asyncio.Task[None] | None = None
         self._told_error = False
+        self._said_end = False
+        self._journal_away = False
 
     @property
     def may_be_abandoned(self) -> bool:
@@ -112,23 +118,45 @@ class Pump:
             await self._end(await self._move_until_stopped())
         except (Fenced, RunEnded) as error:
             log.info("run over stream=%s run=%s: %s", self.writer.stream, self.writer.run, error.code)
-            self.ended = ending(Reason.CLIENT_CANCEL)
+            self.ended = ending(Reason(error.extra.get("reason", Reason.CLIENT_CANCEL)))
         except RelayError as error:
             log.error("run cannot be ended stream=%s run=%s: %s", self.writer.stream, self.writer.run, error)
             self._break_off()
 
+    async def let_upstream_finish(self) -> None:
+        """After the run ended by what upstream said: let upstream end its answer in its own way."""
+        if self._said_end:
+            await self._answer.finish(FINISH_S, FINISH_MAX_BYTES)
+
     async def _move_until_stopped(self) -> Ending:
+        task = asyncio.current_task()
+        assert task is not None
         try:
             if self._stopped is None:
-                self._moving = asyncio.current_task()
+                self._moving = task
                 return await self._move()
         except asyncio.CancelledError:
             if self._stopped is None:
                 raise
+            task.uncancel()
+        except SequenceGap as error:
+            return self._rewound(error)
+        except RelayError:
+            raise
+        except Exception as error:
+            log.exception("run breaks off stream=%s run=%s", self.writer.stream, self.writer.run)
+            return ending(Reason.OWNER_LOST, f"relay failed while it read upstream: {type(error).__name__}")
         finally:
             self._moving = None
-            self._answer.close()
+            if not self._said_end:
+                self._answer.close()
         return self._stopped
+
+    def _rewound(self, gap: SequenceGap) -> Ending:
+        """The journal lost frames that it had accepted (failover, restore), so it must take no later ones."""
+        self.writer.next_seq = gap.extra["expected"]
+        self._in_hand, self._in_hand_text, self._told_error = (), 0, False
+        return ending(Reason.JOURNAL_LOST, "The journal lost frames that it had accepted.")
 
     async def _move(self) -> Ending:
         try:
@@ -165,10 +193,11 @@ class Pump:
             self.text_bytes += signal.text_bytes
             accepted += 1
             if signal.terminal:
+                self._said_end = True
                 end = ending(Reason.UPSTREAM_END)
                 break
             if signal.error is not None:
-                self._told_error = True
+                self._told_error = self._said_end = True
                 end = ending(Reason.UPSTREAM_ERROR, signal.error)
                 break
         self._in_hand = events[:accepted]
@@ -179,35 +208,46 @@ class Pump:
             try:
                 await self.writer.append(self._in_hand, text_bytes, self._dialect_name())
             except JournalError as error:
+                self._journal_away = True
                 return ending(Reason.JOURNAL_LOST, f"The journal was away for too long: {error}")
             self._in_hand, self._in_hand_text = (), 0
         return end
 
     async def _end(self, end: Ending) -> None:
+        self.unwritten = self._last_words(end)
+        if not self._journal_away:
+            try:
+                await self._write_end(self.writer.append)
+                return
+            except JournalError:
+                pass
+            except RelayError:
+                self.unwritten = None
+                raise
+        self._break_off()
+
+    def _last_words(self, end: Ending) -> tuple[Sequence[Event], Ending]:
         events = list(self._in_hand)
         if end.status is not Status.COMPLETED and not self._told_error:
             error_event = (self.dialect or RAW).error_event(end)
             if error_event is not None:
                 events.append(error_event)
-        if end.reason is Reason.JOURNAL_LOST:
-            self._keep(events, end)
-            return
-        try:
-            await self.writer.append(events, self._in_hand_text, self._dialect_name(), end)
-        except JournalError:
-            self._keep(events, end)
-            return
-        self._ended(end)
-
-    def _keep(self, events: Sequence[Event], end: Ending) -> None:
-        self.unwritten = (events, end)
-        self._break_off()
+        return events, end
 
     async def write_kept(self) -> None:
         """Journal what is kept, once; raises `JournalError` while that does not work."""
+        await self._write_end(self.writer.append_once)
+
+    async def _write_end(
+        self, append: Callable[[Sequence[Event], int, str, Ending], Awaitable[None]]
+    ) -> None:
         assert self.unwritten is not None
         events, end = self.unwritten
-        await self.writer.append_once(events, self._in_hand_text, self._dialect_name(), end)
+        try:
+            await append(events, self._in_hand_text, self._dialect_name(), end)
+        except SequenceGap as error:
+            events, end = self.unwritten = self._last_words(self._rewound(error))
+            await append(events, 0, self._dialect_name(), end)
         self.unwritten = None
         self._ended(end)
 

@@ -7,6 +7,7 @@ total time limit.
 from __future__ import annotations
 
 import asyncio
+import re
 import zlib
 from collections.abc import AsyncIterator, Iterable
 
@@ -22,8 +23,16 @@ Headers = list[tuple[bytes, bytes]]
 READ_MAX_BYTES = 64 * 1024
 """Bytes read from upstream before the journal has taken them; also one piece of decompressed data."""
 
+POOLED_S = 1.5
+"""An idle connection is kept so long: shorter than servers keep it (gunicorn 2 s, uvicorn and Node 5 s), so
+that a request is hardly ever sent on a connection that upstream is just closing."""
+
 UPSTREAM_HEAD_MAX_BYTES = 64 * 1024
 """Longest line of upstream's head."""
+
+# RFC 9110 sections 5.1 and 5.5. aiohttp reads answers leniently; what is passed on must be valid.
+_FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 # RFC 9110 section 7.6.1, and what proxies have called hop-by-hop since RFC 2616.
 _HOP_BY_HOP = frozenset(
@@ -63,8 +72,17 @@ class Answer:
     """The head of upstream's answer, and its body to be read once."""
 
     def __init__(self, response: aiohttp.ClientResponse, idle_s: float) -> None:
+        """Raises `UpstreamInvalid` for a head that cannot be passed on."""
         self.status = response.status
         self.headers: Headers = [(name.lower(), value) for name, value in response.raw_headers]
+        for name, value in self.headers:
+            if _FIELD_NAME.fullmatch(name) is None or _NOT_IN_VALUE.search(value):
+                raise UpstreamInvalid("Upstream's answer has a header that is not valid.")
+        if not 200 <= self.status <= 599:
+            raise UpstreamInvalid(f"Upstream's answer has the status {self.status}.")
+        if self.header(b"transfer-encoding"):
+            # RFC 9112 section 6.3: a length beside it says nothing.
+            self.headers = [(name, value) for name, value in self.headers if name != b"content-length"]
         self._response = response
         self._idle_s = idle_s or None
 
@@ -80,36 +98,53 @@ class Answer:
         """The media type without parameters, in lower case."""
         return self.header(b"content-type").partition(";")[0].strip().lower()
 
-    async def body(self) -> AsyncIterator[bytes]:
-        """The body as it arrives, transfer coding removed. Raises `TruncatedBody`, `IdleBody`."""
+    async def body(self, idle_s: float | None = None) -> AsyncIterator[bytes]:
+        """The body as it arrives, transfer coding removed. Raises `TruncatedBody`, and `IdleBody` when
+        nothing came for `idle_s`."""
         content = self._response.content
         try:
             while True:
-                if self._idle_s is None:
+                if idle_s is None:
                     data = await content.readany()
                 else:
-                    async with asyncio.timeout(self._idle_s):
+                    async with asyncio.timeout(idle_s):
                         data = await content.readany()
                 if not data:
                     return
                 yield data
         except TimeoutError:
-            raise IdleBody(f"Upstream was silent for {self._idle_s:g} s.") from None
-        except (aiohttp.ClientError, OSError) as error:
+            raise IdleBody(f"Upstream was silent for {idle_s:g} s.") from None
+        except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             raise TruncatedBody(f"Upstream's answer broke off: {error or type(error).__name__}") from None
 
     async def decoded_body(self) -> AsyncIterator[bytes]:
-        """The body with its content coding removed, in pieces of bounded size."""
+        """A stream's body with its content coding removed, in pieces of bounded size. Raises as `body`, for
+        the configured silence."""
         encoding = self.header(b"content-encoding").lower()
         if encoding in ("", "identity"):
-            async for data in self.body():
+            async for data in self.body(self._idle_s):
                 yield data
             return
         inflater = Inflater(encoding)
-        async for data in self.body():
+        async for data in self.body(self._idle_s):
             for piece in inflater.feed(data):
                 yield piece
         inflater.close()
+
+    async def finish(self, longest_s: float, max_bytes: int) -> None:
+        """Read what still comes and drop it, until upstream has ended by itself or a bound is reached; then
+        close. An upstream that has said its last word may have work left that a broken connection would
+        cancel."""
+        try:
+            async with asyncio.timeout(longest_s):
+                async for data in self.body():
+                    max_bytes -= len(data)
+                    if max_bytes < 0:
+                        break
+        except (TimeoutError, TruncatedBody):
+            pass
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Break the connection to upstream, unless the body was read to its end."""
@@ -127,9 +162,13 @@ class Inflater:
 
     def feed(self, data: bytes) -> Iterable[bytes]:
         """Pieces of at most `READ_MAX_BYTES`; raises `TruncatedBody` for data that is not so coded."""
+        piece = b""
         try:
-            while data:
+            # A piece of full size may have left output behind in zlib, even when all input is consumed.
+            while data or len(piece) == READ_MAX_BYTES:
                 if self._stream.eof:  # a gzip body may have several members (RFC 1952 section 2.2)
+                    if not data:
+                        return
                     self._stream = zlib.decompressobj(self._window_bits)
                 piece = self._stream.decompress(data, READ_MAX_BYTES)
                 data = self._stream.unconsumed_tail or self._stream.unused_data
@@ -142,6 +181,40 @@ class Inflater:
         """Raises `TruncatedBody` when the data broke off."""
         if not self._stream.eof:
             raise TruncatedBody("Upstream's compressed answer broke off.")
+
+
+class _Upload:
+    """A request's body on its way to upstream.
+
+    While the client is waited for, upstream's time stands still. It can be sent once: aiohttp repeats some
+    requests whose pooled connection turned out dead, and would repeat this one with the rest of its body."""
+
+    def __init__(self, body: AsyncIterator[bytes], limit: asyncio.Timeout, limit_s: float) -> None:
+        self.answered = False
+        self._body = body
+        self._limit = limit
+        self._limit_s = limit_s
+        self._begun = False
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        if self._begun:
+            raise aiohttp.ServerDisconnectedError
+        self._begun = True
+        return self._send()
+
+    async def _send(self) -> AsyncIterator[bytes]:
+        self._allow(None)
+        async for data in self._body:
+            self._allow(self._limit_s)
+            yield data
+            self._allow(None)
+        self._allow(self._limit_s)
+
+    def _allow(self, limit_s: float | None) -> None:
+        if not self.answered:
+            self._limit.reschedule(
+                None if limit_s is None else asyncio.get_running_loop().time() + limit_s
+            )
 
 
 class Upstream:
@@ -158,7 +231,7 @@ class Upstream:
     async def start(self) -> None:
         """Make the session; connects to nothing yet."""
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=POOLED_S),
             timeout=aiohttp.ClientTimeout(
                 total=None, sock_connect=self._settings.upstream_connect_timeout_s, sock_read=None
             ),
@@ -181,22 +254,29 @@ class Upstream:
     ) -> Answer:
         """Send a request; `target` is its path and query as the client wrote them.
 
-        Raises `UpstreamUnreachable`, `UpstreamSlow` (no head within the header timeout), `UpstreamInvalid`.
+        Raises `UpstreamUnreachable`, `UpstreamSlow` (no head within the header timeout, which begins anew
+        with every piece of the body), `UpstreamInvalid`.
         """
         assert self._session is not None
         fields: CIMultiDict[str] = CIMultiDict()
         for name, value in headers:
-            fields.add(name.decode("latin-1"), value.decode("latin-1"))
+            fields.add(name.decode("latin-1"), _text(value))
         fields["Accept-Encoding"] = "identity"
+        limit_s = self._settings.upstream_header_timeout_s
+        upload = None
         try:
-            async with asyncio.timeout(self._settings.upstream_header_timeout_s):
+            async with asyncio.timeout(limit_s) as limit:
+                if body is not None and not isinstance(body, bytes):
+                    upload = _Upload(body, limit, limit_s)
                 response = await self._session.request(
                     method,
                     URL(self._base + target, encoded=True),
                     headers=fields,
-                    data=body,
+                    data=upload or body,
                     allow_redirects=False,
                 )
+        except aiohttp.ConnectionTimeoutError:
+            raise UpstreamUnreachable("Upstream did not take the connection in time.") from None
         except TimeoutError:
             raise UpstreamSlow("Upstream did not send the head of its answer in time.") from None
         except aiohttp.ClientConnectorError as error:
@@ -205,4 +285,19 @@ class Upstream:
             raise UpstreamInvalid(f"Upstream's answer is not valid HTTP: {error.message}") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise UpstreamUnreachable(f"Upstream closed the connection: {type(error).__name__}") from None
-        return Answer(response, self._settings.upstream_idle_s)
+        finally:
+            if upload is not None:
+                upload.answered = True
+        try:
+            return Answer(response, self._settings.upstream_idle_s)
+        except UpstreamInvalid:
+            response.close()
+            raise
+
+
+def _text(value: bytes) -> str:
+    # aiohttp writes headers as UTF-8, so only what is read as UTF-8 passes byte for byte.
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
