@@ -13,9 +13,9 @@ Filter = Callable[[bytes], bytes]
 class TcpProxy:
     """Forwards connections to a port. The test decides what happens to them.
 
-    `plan`, called with the number of each new connection (0, 1, …), gives after how many bytes from the server
-    that connection is reset, or None. `to_client` and `to_server` may change what passes. While `refusing`,
-    new connections are reset at once.
+    `plan`, called with the number of each new connection (0, 1, …), gives after how many bytes from the
+    server that connection is reset, or None; `plan_to_server` counts the bytes from the client. `to_client`
+    and `to_server` may change what passes. While `refusing`, new connections are reset at once.
     """
 
     def __init__(
@@ -27,6 +27,7 @@ class TcpProxy:
     ) -> None:
         self._target = ("127.0.0.1", target_port)
         self.plan = plan
+        self.plan_to_server: Callable[[int], int | None] = lambda number: None
         self.to_client = to_client
         self.to_server = to_server
         self.refusing = False
@@ -56,7 +57,7 @@ class TcpProxy:
             self._open.update((client, server))
             limit = self.plan(number)
             for source, sink, change, most in (
-                (client, server, lambda data: self.to_server(data), None),
+                (client, server, lambda data: self.to_server(data), self.plan_to_server(number)),
                 (server, client, lambda data: self.to_client(data), limit),
             ):
                 threading.Thread(target=self._forward, args=(source, sink, change, most), daemon=True).start()
