@@ -1,0 +1,71 @@
+"""Run the benchmarks.
+
+    python -m benchmarks                all of them; prints a table and writes benchmarks/results.json
+    python -m benchmarks b3 b8          some of them; prints only
+    python -m benchmarks --quick        a smoke run in seconds, whose figures mean nothing; prints only
+    --out FILE                          write the results there
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import benchmarks
+from benchmarks.processes import Lab
+from benchmarks.report import Report, machine, table
+
+RESULTS = Path(__file__).parent / "results.json"
+
+
+def found() -> dict[str, ModuleType]:
+    """The benchmarks: modules whose names begin with their budget's, like `b3_proxy`."""
+    names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+    return {
+        name.partition("_")[0]: importlib.import_module(f"benchmarks.{name}")
+        for name in names
+        if name.startswith("b") and name[1:].partition("_")[0].isdigit()
+    }
+
+
+def main() -> None:
+    """Run what was asked for."""
+    modules = found()
+    parser = argparse.ArgumentParser("python -m benchmarks", description="Measure relay beside its peers.")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(modules)}; default all")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; the figures mean nothing")
+    parser.add_argument("--out", type=Path, help=f"where to write the results; a full run: {RESULTS.name}")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(modules)
+    if unknown:
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+    names = arguments.names or list(modules)
+    described = machine()
+    began = time.monotonic()
+    reports: dict[str, Report] = {}
+    for name in names:
+        print(f"{name}: {modules[name].TITLE} …", file=sys.stderr, flush=True)
+        with Lab.open() as lab:
+            reports[name] = modules[name].run(lab, arguments.quick)
+    print(table(list(reports.values())))
+    out = arguments.out
+    if out is None and not arguments.names and not arguments.quick:
+        out = RESULTS
+    if out is not None:
+        results = {
+            "machine": described,
+            "quick": arguments.quick,
+            "seconds": round(time.monotonic() - began),
+            "benchmarks": {name: report.as_object() for name, report in reports.items()},
+        }
+        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
