@@ -198,7 +198,9 @@ class EventsEndpoint:
             ended_at=None if run is None else ended_at(run),
             rotate_at=self._app.rotate_at(),
         )
-        await self._app.serve(reader, scope, send, status=200, headers=_head(view.media_type))
+        # Said at once: a cut comes before any goodbye, and browsers wait for seconds unless told.
+        prime = b"retry: %d\n\n" % self._app.tails.retry_ms() if view.media_type == EVENT_STREAM else b""
+        await self._app.serve(reader, scope, send, status=200, headers=_head(view.media_type), prime=prime)
 
     async def _existing(self, stream: str, wait_s: float, scope: Scope) -> StreamInfo | None:
         """The stream; None when it did not come into being in time. Raises `UnknownStream` without a wait."""
