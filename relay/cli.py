@@ -62,9 +62,8 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
 @_settings_options
 def serve(**options: Any) -> None:
     """Run relay in front of an agent backend."""
-    settings = Settings(**options)
     _logging()
-    _run(_serve(settings, lambda url: f"relay is ready on {url} (journal {_shown(settings.journal)})"))
+    _run(_serve_with(options))
 
 
 @cli.command()
@@ -108,6 +107,11 @@ def _run(work: Any) -> None:
 def _logging(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+async def _serve_with(options: dict[str, Any]) -> None:
+    settings = Settings(**options)
+    await _serve(settings, lambda url: f"relay is ready on {url} (journal {_shown(settings.journal)})")
 
 
 async def _serve(settings: Settings, announce: Callable[[str], str] = str) -> None:
@@ -201,9 +205,10 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "no such port"
             raise StartupError(
-                f"Cannot listen on {host} port {port}: {error.strerror}. Choose another --host or --port."
+                f"Cannot listen on {host} port {port}: {reason}. Choose another --host or --port."
             ) from None
         yield listener
 

@@ -47,14 +47,17 @@ async def tail_stream(
     as_json: bool,
     echo: Callable[[str], Any],
 ) -> None:
-    """Print a stream's frames, one line each, until it ends; comes back after a cut, from its cursor."""
+    """Print a stream's frames, one line each, until it ends; comes back after a cut, or a restart of relay,
+    from its cursor. Raises `Refused` when relay cannot be reached at first, or does not serve the stream."""
     route = f"{url.rstrip('/')}/relay/v1/streams/{quote(stream, safe='')}/events"
     params = {"after": after, "wait": f"{wait_s:g}"} | ({} if run is None else {"run": run})
     headers = {"Accept": "application/x-ndjson"}
+    reached = False
     async with _session() as session:
         while True:
             try:
                 async with session.get(route, params=params, headers=headers) as response:
+                    reached = True
                     if response.status == 204:
                         return
                     await _raise_for(response)
@@ -62,13 +65,16 @@ async def tail_stream(
                         frame = orjson.loads(line)
                         if frame["id"] is not None:
                             headers["Last-Event-ID"] = frame["id"]
+                        goodbye = _goodbye(frame)
+                        if goodbye == "not_yet":
+                            raise Refused(f"The stream {stream!r} was not created in time.")
                         _print(frame, as_json, echo)
-                        if _over(frame):
+                        if goodbye in ("ended", "deleted"):
                             return
-            except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
-                raise Refused(f"Cannot reach {url}: {error}") from None
-            except aiohttp.ClientError:
-                pass  # cut: the cursor says where to go on
+            except (aiohttp.ClientError, OSError) as error:
+                if not reached or isinstance(error, aiohttp.InvalidURL):
+                    raise Refused(f"Cannot reach {url}: {error}") from None
+                # Cut: the cursor says where to go on.
             await asyncio.sleep(RECONNECT_S)
 
 
@@ -85,11 +91,12 @@ async def _lines(response: aiohttp.ClientResponse) -> Any:
                 yield line
 
 
-def _over(frame: dict[str, Any]) -> bool:
+def _goodbye(frame: dict[str, Any]) -> str | None:
+    """Why relay closes, if this is where it says so."""
     if frame["event"] != "relay" or frame["run"] is not None:
-        return False
-    notice = orjson.loads(frame["data"])
-    return notice["type"] == "bye" and notice["reason"] in ("ended", "deleted")
+        return None
+    notice: dict[str, str] = orjson.loads(frame["data"])
+    return notice["reason"] if notice["type"] == "bye" else None
 
 
 def _print(frame: dict[str, Any], as_json: bool, echo: Callable[[str], Any]) -> None:

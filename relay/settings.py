@@ -5,10 +5,20 @@ A field `heartbeat_s` is the flag `--heartbeat-s` and the variable `RELAY_HEARTB
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from relay.errors import StartupError
 from relay.limits import FRAME_MAX_BYTES, Retention
+
+# A number has to be more than zero unless zero means "none", "never" or "at once".
+_MAY_BE_ZERO = frozenset(
+    (
+        *("port", "max_frames", "max_bytes", "retention_s", "upstream_idle_s", "abandon_s", "max_run_s"),
+        *("group_ms", "ring_max_frames", "ring_max_bytes", "rings_max_bytes", "drain_grace_s", "retry_ms"),
+    )
+)
 
 
 def _setting(default: Any, meaning: str, **metadata: Any) -> Any:
@@ -67,6 +77,16 @@ class Settings:
     rings_max_bytes: int = _setting(256 * 1024 * 1024, "Recent data bytes kept in memory per process.")
     quiet_check_s: float = _setting(2.0, "A followed stream quiet for so long is checked in the journal.")
     drain_grace_s: float = _setting(10.0, "Time that open runs get to finish at shutdown.")
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no part of relay can work with; raises `StartupError`."""
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            least = "0 or more" if setting.name in _MAY_BE_ZERO else "more than 0"
+            if not math.isfinite(value) or value < 0 or (value == 0 and setting.name not in _MAY_BE_ZERO):
+                raise StartupError(f"--{setting.name.replace('_', '-')} {value}: must be {least}.")
 
     @property
     def retention(self) -> Retention:
