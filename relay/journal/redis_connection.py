@@ -1,7 +1,8 @@
 """Connections to Redis: few, shared by everybody in the process, and always being brought back.
 
 redis-py makes each connection (URL, TLS, AUTH, SELECT); once it stands, its transport gets a protocol of
-ours, because the cost per reply and per message decides how many streams one process can follow.
+ours, because the cost per reply and per message decides how many streams one process can follow. redis-py
+has no public way to that transport, so two of its private attributes are used, in `_stream_of` alone.
 
 A `Lane` multiplexes commands over one connection: what is submitted while a batch is in flight goes out
 in the next write. A `FollowLink` listens to Pub/Sub channels.
@@ -10,16 +11,20 @@ in the next write. A `FollowLink` listens to Pub/Sub channels.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import hiredis
+import redis
 from redis.asyncio.connection import AbstractConnection, Connection, parse_url
 from redis.exceptions import RedisError
 
-from relay.errors import JournalError, JournalRefused, JournalUnavailable
+from relay.errors import JournalError, JournalRefused, JournalUnavailable, StartupError
+
+log = logging.getLogger("relay.redis")
 
 WAITING_MAX = 10_000
 """Commands one lane holds that were not sent yet; one more is refused at once."""
@@ -70,7 +75,7 @@ class Address:
     """Where a Redis is and how to speak to it, from a redis://, rediss:// or unix:// URL."""
 
     def __init__(self, url: str) -> None:
-        """Raises `ValueError`."""
+        """Raises `ValueError`, and `StartupError` when the installed redis-py is not one we can use."""
         options: dict[str, Any] = dict(parse_url(url))
         self._connection_class: type[AbstractConnection] = options.pop("connection_class", Connection)
         options.pop("max_connections", None)
@@ -80,7 +85,7 @@ class Address:
         self._options = options | {"protocol": 2, "decode_responses": False, "health_check_interval": 0}
         where = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
         self.name = f"{where}/{self.db}"
-        self.connection("check", 1.0)  # an option that Connection does not know is a TypeError here
+        _stream_of(self.connection("check", 1.0))  # an unknown option is a ValueError here
 
     def connection(self, role: str, timeout_s: float) -> AbstractConnection:
         """A connection not yet opened. `timeout_s` bounds each step of opening it."""
@@ -90,6 +95,21 @@ class Address:
             return self._connection_class(**options)
         except TypeError as error:
             raise ValueError(f"an option of the URL is not known: {error}") from None
+
+
+def _stream_of(connection: AbstractConnection) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+    """The asyncio streams of a connection, None while it has none. Raises `StartupError`.
+
+    Private to redis-py (checked with 6.4 and 8.1). Public are only `send_command` and `read_response`, which
+    cost six times as much a message as a protocol of our own, and take one caller at a time."""
+    try:
+        reader, writer = connection._reader, connection._writer
+    except AttributeError as error:
+        raise StartupError(
+            f"The installed redis-py ({redis.__version__}) keeps a connection's streams elsewhere than the "
+            f"versions relay was tested with: {error}. Install one that relay's requirements allow."
+        ) from None
+    return None if reader is None or writer is None else (reader, writer)
 
 
 class _Wire(asyncio.Protocol):
@@ -133,6 +153,8 @@ class Link:
         self._wire: _Wire | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
+        self._useful = False
+        """Whether this life of the connection has served anybody."""
 
     async def open(self) -> None:
         """Begin, and wait up to `timeout_s` for the first connection. Raises `TimeoutError`."""
@@ -152,7 +174,6 @@ class Link:
             self._keeper = None
 
     async def _keep(self) -> None:
-        loop = asyncio.get_running_loop()
         backoff_s = RECONNECT_FIRST_S
         while True:
             connection = self._address.connection(self._role, self._timeout_s)
@@ -160,24 +181,30 @@ class Link:
                 try:
                     async with asyncio.timeout(self._timeout_s):
                         await connection.connect()  # type: ignore[no-untyped-call]
-                    opened_at = loop.time()
+                    self._useful = False
                     await self._live(connection)
-                    # One that was refused right after it opened (LOADING, READONLY) is not tried at once.
-                    if loop.time() - opened_at > RECONNECT_MAX_S:
+                    # One that opens only to refuse (LOADING, READONLY) is not tried again at once.
+                    if self._useful:
                         backoff_s = RECONNECT_FIRST_S
                 finally:
                     await connection.disconnect(nowait=True)
             except (RedisError, OSError, TimeoutError):
                 pass
+            except Exception:
+                # Whatever it is: without this task the process would be without its journal for ever.
+                log.exception("a connection to Redis failed (%s)", self._role)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
             backoff_s = min(RECONNECT_MAX_S, backoff_s * 2)
 
     async def _live(self, connection: AbstractConnection) -> None:
-        writer = connection._writer
-        if writer is None:
+        stream = _stream_of(connection)
+        if stream is None:
             return
-        wire = self._wire = _Wire(writer.transport, self._on_reply)
-        writer.transport.set_protocol(wire)
+        reader, transport = stream[0], stream[1].transport
+        if reader.at_eof() or transport.is_closing():
+            return  # it ended after its last reply, before our protocol could be told
+        wire = self._wire = _Wire(transport, self._on_reply)
+        transport.set_protocol(wire)
         try:
             self._on_connected()
             self._connected.set()
@@ -295,6 +322,7 @@ class Lane(Link):
             self._break()
             self._on_lost()
             return
+        self._useful = self._useful or not isinstance(reply, hiredis.ReplyError)
         batch = self._sent[0]
         call = batch.calls[0]
         if call.wanted > 1:
@@ -415,6 +443,7 @@ class FollowLink(Link):
             if isinstance(reply, hiredis.ReplyError):
                 self._break()
             return
+        self._useful = True
         kind = reply[0]
         if kind == b"message":
             self._on_message(reply[1], reply[2])

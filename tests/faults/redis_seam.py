@@ -52,7 +52,7 @@ class RedisSeam(TcpProxy):
             data = data[size:]
         return bytes(kept)
 
-    def cut_at_random(self, seed: int, cuts: int) -> None:
+    def cut_at_random(self, seed: int, cuts: int, mean_bytes: int) -> None:
         """Reset every connection now, and the next `cuts` after a random number of bytes of one direction."""
         first = self.connections
 
@@ -61,8 +61,7 @@ class RedisSeam(TcpProxy):
                 if number - first >= cuts:
                     return None
                 chance = random.Random(f"{seed} {number - first}")
-                # The first write of a connection may be a script of 10 KB: many cuts fall into it.
-                size = 1 + int(chance.expovariate(1 / 6000))
+                size = 1 + int(chance.expovariate(1 / mean_bytes))
                 return size if chance.randrange(2) == direction else None
 
             return bytes_of

@@ -10,7 +10,7 @@ import hiredis
 import pytest
 from redis_server import RedisServer
 
-from relay.errors import JournalRefused, JournalUnavailable
+from relay.errors import JournalRefused, JournalUnavailable, StartupError
 from relay.journal import redis_connection
 from relay.journal.redis_connection import Address, FollowLink, Lane, as_journal_error, error_names, pack
 
@@ -55,6 +55,15 @@ def test_an_address_that_cannot_be_meant_is_refused(url: str) -> None:
 def test_an_address_names_its_place_without_the_password() -> None:
     assert Address("redis://user:secret@example.org:7000/3?protocol=3").name == "example.org:7000/3"
     assert Address("unix:///run/redis.sock?db=2").name == "/run/redis.sock/2"
+
+
+def test_a_redis_py_without_the_streams_we_take_over_is_refused_at_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are private to redis-py: should a version move them, relay says so instead of waiting for ever."""
+    monkeypatch.setattr(Address, "connection", lambda self, role, timeout_s: object())
+    with pytest.raises(StartupError, match="redis-py"):
+        Address("redis://localhost")
 
 
 def test_error_replies_are_told_apart() -> None:
