@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import httptools
 import orjson
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -81,6 +83,8 @@ class RelayProtocol(HttpToolsProtocol):
     _head_bytes = 0
     _heads = 0
     _refused = False
+    _resumes_body = False
+    _data = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin without any request."""
@@ -92,15 +96,34 @@ class RelayProtocol(HttpToolsProtocol):
         if self._refused:
             return
         was_in_head, heads = self._in_head, self._heads
+        self._data = data
         super().data_received(data)
+        self._data = b""
         # Only a read that lies within one head counts whole: others may hold much of a body too.
         if was_in_head and self._heads == heads:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_MAX_BYTES and not self._refused:
                 self._refuse_large_head()
 
+    def on_message_begin(self) -> None:
+        """A head begins, unless this parser only reads on in a body."""
+        if not self._resumes_body:
+            super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the request target."""
+        if not self._resumes_body:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header field."""
+        if not self._resumes_body:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """The head is over; what follows is a body, and bounded elsewhere."""
+        if self._resumes_body:
+            return
         self._in_head = False
         self._head_bytes = 0
         self._heads += 1
@@ -162,9 +185,30 @@ class RelayProtocol(HttpToolsProtocol):
             exchange.cycle.message_event.set()
 
     def _unsupported_upgrade_warning(self) -> None:
-        # The application answers 501, or ignores the wish; a client's choice is no reason for a warning. What
-        # the client sends next may be of another protocol.
-        self.cycle.keep_alive = False
+        # No reason for a warning. A WebSocket is answered 501 by the application, and what its client sends
+        # next is not HTTP. Any other wish is ignored (RFC 9110 section 7.8), but the parser has stopped
+        # before the body (the JDK's client asks for h2c with each request): another one reads on from there.
+        if self._get_upgrade() == b"websocket":
+            self.cycle.keep_alive = False
+            self._refused = True
+            return
+        stopped_at: int = sys.exc_info()[1].args[0]  # type: ignore[union-attr]
+        rest = self._data[stopped_at:]
+        framing = [
+            b"%b: %b\r\n" % header
+            for header in self.headers
+            if header[0] in (b"content-length", b"transfer-encoding")
+        ]
+        self.parser = httptools.HttpRequestParser(self)
+        if framing:
+            self._in_head = False
+            self.cycle.more_body = True
+            self.cycle.message_event.clear()
+            self._resumes_body = True
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(framing) + b"\r\n")
+            self._resumes_body = False
+        if rest:
+            self.data_received(rest)
 
 
 class RelayServer(uvicorn.Server):

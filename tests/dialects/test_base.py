@@ -1,0 +1,63 @@
+"""What every dialect must be: pure, total, and honest about an answer that broke off."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.dialects.base import Dialect, Signal
+from relay.dialects.detect import BY_NAME
+from relay.frame import Event
+from relay.lifecycle import Reason, ending
+
+DIALECTS = list(BY_NAME.values())
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["choices", "delta", "content", "refusal", "error", "message", "object", "x"]),
+            inner,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+def read_totally(dialect: Dialect, data: bytes) -> None:
+    signal = dialect.read(Event("", data))
+    assert isinstance(signal, Signal)
+    assert signal.text_bytes >= 0
+    assert signal.error is None or isinstance(signal.error, str)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+@given(text=st.text())
+def test_any_text_is_read_without_an_exception(dialect: Dialect, text: str) -> None:
+    read_totally(dialect, text.encode(errors="replace"))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+@given(value=json_values)
+def test_any_json_is_read_without_an_exception(dialect: Dialect, value: object) -> None:
+    read_totally(dialect, json.dumps(value).encode(errors="replace"))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize("depth", [300, 2000])
+def test_an_error_nested_deeper_than_json_is_written_is_read(dialect: Dialect, depth: int) -> None:
+    read_totally(dialect, b'{"error":' + b"[" * depth + b"]" * depth + b"}")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize("reason", [reason for reason in Reason if reason != "upstream_end"])
+def test_the_event_that_says_that_an_answer_broke_off_is_read_as_an_error(
+    dialect: Dialect, reason: Reason
+) -> None:
+    event = dialect.error_event(ending(reason))
+    if event is not None:
+        assert dialect.read(event).error

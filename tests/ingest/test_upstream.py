@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import gzip
+import random
+import socket
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from raw_client import RawClient
+from relay_process import RelayProcess
+from scripted_upstream import Exchange, ScriptedUpstream
+
+from relay.errors import StartupError
+from relay.ingest.upstream import READ_MAX_BYTES, Inflater, TruncatedBody, Upstream, end_to_end
+from relay.settings import Settings
+
+
+def inflate(coding: str, pieces: list[bytes]) -> bytes:
+    inflater = Inflater(coding)
+    out = []
+    for piece in pieces:
+        for data in inflater.feed(piece):
+            assert 0 < len(data) <= READ_MAX_BYTES
+            out.append(data)
+    inflater.close()
+    return b"".join(out)
+
+
+# --- headers ------------------------------------------------------------------------------------------
+
+
+def test_hop_by_hop_headers_and_those_that_connection_names_stay_behind() -> None:
+    headers = [
+        (b"Connection", b"close, X-Mine"),
+        (b"X-Mine", b"1"),
+        (b"TE", b"trailers"),
+        (b"Transfer-Encoding", b"chunked"),
+        (b"Keep-Alive", b"5"),
+        (b"Upgrade", b"h2c"),
+        (b"Proxy-Authorization", b"secret"),
+        (b"X-Drop", b"2"),
+        (b"Cookie", b"a"),
+        (b"Cookie", b"b"),
+    ]
+    assert end_to_end(headers, b"x-drop") == [(b"cookie", b"a"), (b"cookie", b"b")]
+
+
+# --- compression --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, READ_MAX_BYTES - 1, READ_MAX_BYTES, READ_MAX_BYTES + 1])
+@pytest.mark.parametrize("more", range(0, 3 * 258, 37))
+def test_output_that_ends_near_a_full_piece_is_not_held_back(size: int, more: int) -> None:
+    """zlib may have consumed all its input and still owe output."""
+    text = b"a" * (size + more)
+    assert inflate("gzip", [gzip.compress(text)]) == text
+
+
+@given(st.binary(max_size=3000), st.integers(1, 50))
+def test_any_cut_of_the_input_gives_the_same_output(text: bytes, step: int) -> None:
+    packed = gzip.compress(text)
+    assert inflate("gzip", [packed[n : n + step] for n in range(0, len(packed), step)]) == text
+
+
+def test_deflate_is_read_with_its_zlib_header() -> None:
+    assert inflate("deflate", [zlib.compress(b"hello")]) == b"hello"
+
+
+def test_a_body_of_several_members_is_one_text() -> None:
+    assert inflate("x-gzip", [gzip.compress(b"one") + gzip.compress(b"two")]) == b"onetwo"
+
+
+@pytest.mark.parametrize("cut", [1, 5, 12])
+def test_compressed_data_that_breaks_off_is_truncated(cut: int) -> None:
+    with pytest.raises(TruncatedBody, match="broke off"):
+        inflate("gzip", [gzip.compress(b"hello")[:-cut]])
+
+
+def test_data_that_is_not_compressed_is_truncated() -> None:
+    with pytest.raises(TruncatedBody, match="cannot be read"):
+        inflate("gzip", [b"data: hello\n\n"])
+
+
+def test_what_was_flushed_is_there_before_the_end() -> None:
+    packer = zlib.compressobj(wbits=31)
+    noise = random.Random(1).randbytes(READ_MAX_BYTES * 2)
+    packed = packer.compress(noise) + packer.flush(zlib.Z_SYNC_FLUSH)
+    assert b"".join(Inflater("gzip").feed(packed)) == noise
+
+
+# --- settings and connections -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["", "localhost:9000", "ftp://host", "http://", "/path"])
+def test_a_base_url_that_is_none_stops_the_start(url: str) -> None:
+    with pytest.raises(StartupError):
+        Upstream(url, Settings())
+
+
+def test_a_base_url_with_a_path_is_put_before_every_target(
+    upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    journal = f"sqlite:///{tmp_path_factory.mktemp('base') / 'relay.db'}"
+    upstream.on_stream(f"/{name}/base/x", [b"data: hello\n\n"])
+    with RelayProcess.start(journal=journal, upstream=f"{upstream.url}/{name}/base/") as relay:
+        assert relay.get("/x?q=1")[0] == 200
+    assert [received.target for received in upstream.received if name in received.target] == [
+        f"/{name}/base/x?q=1"
+    ]
+
+
+def test_an_upstream_that_takes_no_connection_is_unreachable(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    journal = f"sqlite:///{tmp_path_factory.mktemp('full') / 'relay.db'}"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        filling = [socket.socket() for _ in range(4)]  # the queue of connections nobody accepts
+        try:
+            for waiting in filling:
+                waiting.setblocking(False)
+                waiting.connect_ex(address)
+            with (
+                RelayProcess.start(
+                    journal=journal,
+                    upstream=f"http://127.0.0.1:{address[1]}",
+                    upstream_connect_timeout_s=0.2,
+                ) as relay,
+                RawClient(relay.port) as client,
+            ):
+                client.request("GET", "/x")
+                answer = client.answer()
+        finally:
+            for waiting in filling:
+                waiting.close()
+    assert (answer.status, answer.problem["code"]) == (502, "upstream_unreachable")
+
+
+def test_a_slow_upload_does_not_use_up_upstreams_time(
+    upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    """While the client is waited for, the header timeout stands still."""
+    journal = f"sqlite:///{tmp_path_factory.mktemp('slow') / 'relay.db'}"
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer("200 OK", exchange.received.body)
+
+    async def silent(exchange: Exchange) -> None:
+        await exchange.closed()
+
+    upstream.on(f"/{name}", handler)
+    upstream.on(f"/{name}/silent", silent)
+    with (
+        RelayProcess.start(journal=journal, upstream=upstream.url, upstream_header_timeout_s=0.3) as relay,
+        RawClient(relay.port) as slow,
+    ):
+        slow.request("POST", f"/{name}", "Content-Length: 2")
+        slow.send(b"a")
+        for _ in range(2):  # each of these takes the whole timeout
+            with RawClient(relay.port) as other:
+                other.request("GET", f"/{name}/silent")
+                refused = other.answer()
+            assert (refused.status, refused.problem["code"]) == (504, "upstream_timeout")
+        slow.send(b"b")
+        assert slow.answer().body == b"ab"
