@@ -10,7 +10,7 @@ local frames, meta, index, open, runs, run = KEYS[1], KEYS[2], KEYS[3], KEYS[4],
 
 local s = load_stream(meta)
 if not s then return {'unknown_stream'} end
-local held = call('HMGET', run, 'status', 'writer', 'frames', 'text_bytes', 'reason')
+local held = call('HMGET', run, 'status', 'writer', 'frames', 'text_bytes', 'reason', 'dialect')
 local status, reason = held[1], held[5]
 if not status then return {'unknown_run'} end
 if held[2] ~= ARGV[2] then return {'fenced'} end
@@ -21,6 +21,8 @@ if skip < 0 then return {'sequence_gap', count + 1} end
 local duplicates = math.min(skip, given)
 local fresh = given - duplicates
 local ends = ARGV[7] ~= ''
+-- A writer says its dialect with every batch; writing it each time would be one more command per append.
+local names_dialect = ARGV[5] ~= '' and ARGV[5] ~= held[6]
 if status ~= 'open' then
   if fresh > 0 or (ends and not (ARGV[7] == status and ARGV[8] == reason)) then
     return {'run_ended', status, reason}
@@ -28,7 +30,7 @@ if status ~= 'open' then
   return {'ok', s.last_seq, s.last_ms, 0, duplicates, count + 1, ''}
 end
 if fresh == 0 and not ends then
-  if ARGV[5] ~= '' then call('HSET', run, 'dialect', ARGV[5]) end
+  if names_dialect then call('HSET', run, 'dialect', ARGV[5]) end
   return {'ok', s.last_seq, s.last_ms, 0, duplicates, count + 1, ''}
 end
 
@@ -64,7 +66,7 @@ else
   call('HSET', run, 'frames', count, 'text_bytes', text_bytes,
     'last_seq', s.last_seq, 'last_ms', s.last_ms, 'last_data', s.last_data)
 end
-if ARGV[5] ~= '' then call('HSET', run, 'dialect', ARGV[5]) end
+if names_dialect then call('HSET', run, 'dialect', ARGV[5]) end
 apply_retention(frames, index, s)
 local token = ''
 if renew(s, now, frames, meta, index, open, runs, string.sub(run, 1, #run - #ARGV[1])) then
