@@ -726,7 +726,7 @@ def test_p9_event_names_and_data_arrive_as_the_standard_reads_them_under_ids_of_
 ) -> None:
     body = (
         "\ufeffid: upstream-1\nretry: 5\n: a comment\nevent: delta\ndata: first\ndata:  second\n\n"
-        "data\n\nevent: ünïcode\r\ndata: 🙂\r\n\r\nevent: nothing\n\ndata: {\"a\": 1}\n\n"
+        'data\n\nevent: ünïcode\r\ndata: 🙂\r\n\r\nevent: nothing\n\ndata: {"a": 1}\n\n'
     )
     upstream.on_stream(f"/{name}", [body.encode()])
     with Reading(f"{relay.url}/{name}", Relay_Stream=name) as reading:
@@ -737,8 +737,7 @@ def test_p9_event_names_and_data_arrive_as_the_standard_reads_them_under_ids_of_
     assert [id_.partition("-")[0] for id_ in ids] == ["2", "3", "4", "5"]
     frames = text.partition("\n\n")[2].rpartition("retry:")[0]
     assert re.sub(r"id: \d+-\d+\n", "", frames) == (
-        "event: delta\ndata: first\ndata:  second\n\ndata: \n\nevent: ünïcode\ndata: 🙂\n\n"
-        'data: {"a": 1}\n\n'
+        'event: delta\ndata: first\ndata:  second\n\ndata: \n\nevent: ünïcode\ndata: 🙂\n\ndata: {"a": 1}\n\n'
     )
 
 

@@ -1,0 +1,417 @@
+"""relay.replay.reader: one cursor from the journal's pages into the tail, through every fault at the seam."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from replay.doubtful_journal import Stage, staged
+
+from relay.cursor import ORIGIN, Cursor
+from relay.errors import JournalUnavailable
+from relay.replay.reader import LossUntold, Reader, ReaderEnd, Readers
+from relay.replay.tail import WRITE_MAX_BYTES
+from relay.replay.view import EventsView, View
+
+
+def events_view(control: str = "events", run: str | None = None) -> EventsView:
+    return EventsView(run, control, False, False)
+
+
+class Client:
+    """What one reader wrote, and its loop as a task."""
+
+    def __init__(
+        self, stage: Stage, view: View | None = None, after: Cursor = ORIGIN, *, stalled: bool = False
+    ) -> None:
+        self.stage = stage
+        self.view = view or events_view()
+        self.after = after
+        self.text = ""
+        self.largest = 0
+        self.news = asyncio.Event()
+        self.taking = asyncio.Event()
+        if not stalled:
+            self.taking.set()
+
+    async def __aenter__(self) -> Client:
+        page = await self.stage.journal.real.read("s", self.after, 1000, WRITE_MAX_BYTES)
+        self.reader = Reader(
+            self.stage.tails, "s", self.view, self.after, page, rotate_at=self.stage.tails.now() + 3600
+        )
+        self.task = asyncio.create_task(self.reader.run(self._write))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    async def _write(self, data: bytes) -> None:
+        self.text += data.decode()
+        self.largest = max(self.largest, len(data))
+        self.news.set()
+        await self.taking.wait()
+
+    async def until(self, text: str) -> None:
+        while text not in self.text:
+            self.news.clear()
+            await self.news.wait()
+
+    @property
+    def shape(self) -> list[str]:
+        """Data frames by their data, control frames by their type."""
+        return [
+            f"<{match[1]}>" if match[1] else match[2]
+            for match in re.finditer(r'^data: (?:\{"type":"([a-z._]+)".*|(.*))$', self.text, re.M)
+        ]
+
+    @property
+    def words(self) -> list[str]:
+        return [item for item in self.shape if not item.startswith("<")]
+
+
+@pytest.mark.parametrize("order", [[], [0, 0, 1], [1, 0], [1], [0, 1, 0, 1]])
+def test_p2_a_reader_sees_each_frame_once_whatever_becomes_of_the_hints(
+    tmp_path: Path, order: list[int]
+) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            async with Client(stage) as client:
+                await client.until('"live"')
+                await stage.settled()
+                stage.journal.withheld = hints = []
+                await stage.say("a")
+                await stage.say("b", "c")
+                stage.journal.withheld = None
+                stage.journal.tell(*(hints[number] for number in order))
+                if 1 not in order:
+                    stage.tails._tails["s"].active_at = -1e9
+                    await stage.tails.check_quiet()
+                await client.until("data: c")
+                await stage.say("d")
+                await client.until("data: d")
+                assert client.words == ["a", "b", "c", "d"]
+
+    asyncio.run(test())
+
+
+def test_p2_a_reader_far_behind_pages_through_the_journal_into_the_tail(tmp_path: Path) -> None:
+    """More frames than the ring holds, while more are appended."""
+
+    async def test() -> None:
+        async with staged(tmp_path, ring_max_frames=10, ring_max_bytes=5000) as stage:
+            await stage.open()
+            said = [f"{n:05d}" + "x" * 100 for n in range(6000)]
+            for n in range(0, 5000, 500):
+                await stage.say(*said[n : n + 500])
+            async with Client(stage) as client:
+                for n in range(5000, 6000, 10):
+                    await stage.say(*said[n : n + 10])
+                await client.until(said[-1])
+                assert client.words == said
+                assert client.shape.count("<live>") <= 1
+                assert client.largest < 3 * WRITE_MAX_BYTES
+
+    asyncio.run(test())
+
+
+def test_a_reader_whose_journal_fails_stays_and_gets_what_comes(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, ring_max_frames=1) as stage:
+            await stage.open()
+            await stage.say("a")
+            stage.journal.failing = 3
+            async with Client(stage, after=ORIGIN) as client:
+                await client.until("data: a")
+                stage.journal.withheld = []
+                await stage.say("b")
+                await stage.say("c")
+                stage.journal.failing = 2
+                stage.journal.withheld = None
+                stage.tails.on_doubt("s")
+                await client.until("data: c")
+                assert client.words == ["a", "b", "c"]
+
+    asyncio.run(test())
+
+
+def test_a_reader_is_told_that_its_stream_was_deleted_though_it_was_reading_a_page(tmp_path: Path) -> None:
+    """The deletion comes between the journal's answer and the reader's sleep."""
+
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            stage.journal.on_doubt = lambda stream: None  # the tail stays unknown, so the reader asks
+            stage.journal.answer_first = True
+            stage.journal.close_gate()
+            async with Client(stage) as client:
+                await stage.journal.arrived.wait()
+                await stage.journal.delete("s")
+                stage.journal.gate.set()
+                assert await client.task is ReaderEnd.DELETED
+                assert '"reason":"deleted"' in client.text
+
+    asyncio.run(test())
+
+
+def test_a_reader_hears_of_a_deletion_whose_message_was_lost(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            stage.journal.on_deleted = lambda stream: None
+            async with Client(stage) as client:
+                await client.until('"live"')
+                await stage.settled()
+                await stage.journal.delete("s")
+                stage.tails.on_doubt("s")
+                assert await client.task is ReaderEnd.DELETED
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("frames", [1, 3, 5])
+def test_p8_a_reader_of_a_stream_that_was_made_anew_under_it_is_reset_once(
+    tmp_path: Path, frames: int
+) -> None:
+    """Shorter, as long, and longer than the one it knew."""
+
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            await stage.say("old", "old")
+            stage.journal.on_deleted = lambda stream: None
+            async with Client(stage) as client:
+                await client.until('"live"')
+                await stage.settled()
+                stage.journal.withheld = []
+                await stage.journal.delete("s")
+                await stage.open(run="new")
+                for _ in range(frames - 1):
+                    await stage.say("new", run="new")
+                stage.journal.withheld = None
+                stage.tails.on_doubt("s")
+                await client.until('"reset"')
+                await stage.say("last", run="new")
+                await client.until("data: last")
+                assert client.text.count('"reset"') == 1
+                assert '"reason":"recreated"' in client.text
+                after = client.words[2:]
+                assert after == ["new"] * (frames - 1) + ["last"]
+
+    asyncio.run(test())
+
+
+def test_p8_frames_trimmed_under_a_slow_reader_are_a_gap_told_once(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, ring_max_frames=1) as stage:
+            await stage.open()
+            async with Client(stage, stalled=True) as client:
+                await client.until('"hello"')
+                await stage.settled()
+                for n in range(10):
+                    await stage.say(str(n))
+                await stage.journal.trim("s", 8)
+                client.taking.set()
+                await client.until("data: 9")
+                assert client.shape.count("<gap>") == 1
+                assert client.words == ["6", "7", "8", "9"]
+                gap = re.search(r'"earliest":"(\d+)-\d+"\}\n\n', client.text[client.text.index('"gap"') :])
+                assert gap is not None
+                assert gap[1] == "8"
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("control", ["none", "events"])
+def test_p8_loss_that_cannot_be_shown_breaks_the_connection(tmp_path: Path, control: str) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            await stage.say("a", "b", "c")
+            await stage.journal.trim("s", 4)
+            async with Client(stage, events_view(control)) as client:
+                if control == "events":
+                    await client.until("data: c")
+                else:
+                    with pytest.raises(LossUntold):
+                        await client.task
+                    assert client.words == []
+
+    asyncio.run(test())
+
+
+def test_a_finished_stream_of_which_nothing_is_held_says_bye_after_the_gap(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open(seal=True)
+            await stage.say("a", end=True)
+            await stage.journal.trim("s", 99)
+            async with Client(stage) as client:
+                assert await client.task is ReaderEnd.ENDED
+                assert client.shape == ["<hello>", "<gap>", "<live>", "<bye>"] or client.shape == [
+                    *("<hello>", "<gap>", "<bye>")
+                ]
+                assert "earliest" not in client.text  # there is none
+
+    asyncio.run(test())
+
+
+def test_a_run_whose_end_was_trimmed_away_ends_the_reader_though_the_journal_was_away(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            await stage.say("a", end=True)
+            await stage.open(run="other")
+            await stage.journal.trim("s", 4)
+            failures = 2
+            real_run = stage.journal.real.run
+
+            async def run(stream: str, run: str) -> object:
+                nonlocal failures
+                if failures:
+                    failures -= 1
+                    raise JournalUnavailable
+                return await real_run(stream, run)
+
+            stage.journal.run = run
+            async with Client(stage, events_view(run="r")) as client:
+                assert await client.task is ReaderEnd.ENDED
+                assert client.shape == ["<hello>", "<gap>", "<bye>"]
+
+    asyncio.run(test())
+
+
+def test_a_reader_of_one_run_passes_over_the_others_and_stops_behind_its_end(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            await stage.open(run="other")
+            async with Client(stage, events_view(run="r")) as client:
+                await client.until('"live"')
+                await stage.say("theirs", run="other")
+                await stage.say("mine")
+                await stage.say("theirs too", run="other")
+                await stage.say("mine too", end=True)
+                assert await client.task is ReaderEnd.ENDED
+                assert client.words == ["mine", "mine too"]
+                assert client.shape[-2:] == ["<run.ended>", "<bye>"]
+                assert client.reader.terminal is not None
+
+    asyncio.run(test())
+
+
+def test_an_idle_reader_does_not_ask_the_journal(tmp_path: Path) -> None:
+    """No spin: it sleeps until there is news."""
+
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            async with Client(stage) as client:
+                await client.until('"live"')
+                await stage.settled()
+                client.reader.wake()
+                reads = stage.journal.reads
+                for n in range(50):
+                    await stage.say(str(n))
+                    await client.until(f"data: {n}\n")
+                assert stage.journal.reads == reads
+
+    asyncio.run(test())
+
+
+def test_who_leaves_while_asleep_is_said_goodbye(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            readers = Readers(heartbeat_s=15, write_timeout_s=30)
+            async with Client(stage) as client:
+                readers.add(client.reader, lambda: None)
+                await client.until('"live"')
+                readers.drain()
+                assert await client.task is ReaderEnd.DRAIN
+                assert re.search(
+                    r'^retry: \d+\nevent: relay\ndata: .*"bye","reason":"drain"', client.text, re.M
+                )
+                assert stage.tails._tails["s"]._waiting == set()
+
+    asyncio.run(test())
+
+
+def test_the_visit_beats_rotates_and_cuts(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            readers = Readers(heartbeat_s=15, write_timeout_s=30)
+            aborted: list[str] = []
+            async with Client(stage) as client, Client(stage, stalled=True) as stalled:
+                readers.add(client.reader, lambda: aborted.append("client"))
+                readers.add(stalled.reader, lambda: aborted.append("stalled"))
+                assert len(readers) == 2
+                await client.until('"live"')
+                await stalled.until('"hello"')
+                now = stage.tails.now()
+                readers.visit(now + 1)
+                readers.visit(now + 16)
+                await client.until(": hb\n")
+                assert aborted == []
+                readers.visit(now + 31)
+                assert aborted == ["stalled"]
+                readers.visit(now + 4000)
+                assert await client.task is ReaderEnd.ROTATE
+                stalled.taking.set()
+                assert await stalled.task is ReaderEnd.SLOW
+                readers.discard(client.reader)
+                readers.discard(stalled.reader)
+                assert list(readers) == []
+
+    asyncio.run(test())
+
+
+def test_p6_a_stalled_reader_holds_the_bytes_written_and_not_what_they_were_made_of(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, ring_max_frames=1) as stage:
+            await stage.open()
+            for _ in range(40):
+                await stage.say(*("x" * 20_000 for _ in range(10)))
+            page = await stage.journal.read("s", ORIGIN, 1, 1)
+            reader = Reader(stage.tails, "s", events_view(), page.frames[0].id, None)
+            stalled = asyncio.Event()
+            sizes: list[int] = []
+
+            async def write(data: bytes) -> None:
+                sizes.append(len(data))
+                stalled.set()
+                await asyncio.Event().wait()
+
+            tracemalloc.start()
+            try:
+                task = asyncio.create_task(reader.run(write))
+                await stalled.wait()
+                held = tracemalloc.get_traced_memory()[0]
+            finally:
+                tracemalloc.stop()
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            assert WRITE_MAX_BYTES < sizes[0] < WRITE_MAX_BYTES + 2 * 20_000
+            assert held < 1.5 * sizes[0]
+
+    asyncio.run(test())
+
+
+def test_who_waits_for_a_stream_is_counted_and_sent_away_when_draining() -> None:
+    readers = Readers(heartbeat_s=15, write_timeout_s=30)
+    given_up: list[int] = []
+
+    def give_up() -> None:
+        given_up.append(1)
+
+    readers.expect(give_up)
+    assert len(readers) == 1
+    readers.drain()
+    assert given_up == [1]
+    readers.expected(give_up)
+    assert len(readers) == 0
