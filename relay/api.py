@@ -198,6 +198,7 @@ class EventsEndpoint:
             ended_at=None if run is None else ended_at(run),
             rotate_at=self._app.rotate_at(),
         )
+        del page  # the reader lets go of it; here it would be held as long as the client stays
         # Said at once: a cut comes before any goodbye, and browsers wait for seconds unless told.
         prime = b"retry: %d\n\n" % self._app.tails.retry_ms() if view.media_type == EVENT_STREAM else b""
         await self._app.serve(reader, scope, send, status=200, headers=_head(view.media_type), prime=prime)

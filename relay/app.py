@@ -207,7 +207,7 @@ class App:
         await self._serve_known_run(answer, info, after, browser, scope, send)
 
     async def _serve_new_run(self, answer: RunAnswer, browser: bool, scope: Scope, send: Send) -> None:
-        await self._serve_run(answer, answer.start, None, None, browser, scope, send)
+        await self._serve_run(answer, answer.start, [], None, browser, scope, send)
 
     async def _serve_known_run(
         self,
@@ -222,8 +222,9 @@ class App:
         if len(self.readers) >= self.settings.readers_max:
             raise Busy("This relay serves as many readers as it may.")
         after = answer.start if presented is None else presented
-        page = await self.journal.read(answer.stream, after, PAGE_MAX_FRAMES, WRITE_MAX_BYTES)
-        standing = judge(after, page.extent, page.anchor_ms)
+        # Handed over in a list: a name here would hold the page as long as the client stays.
+        first = [await self.journal.read(answer.stream, after, PAGE_MAX_FRAMES, WRITE_MAX_BYTES)]
+        standing = judge(after, first[0].extent, first[0].anchor_ms)
         nothing_left = info.ended_ms and info.last_data <= after.seq
         if presented is not None and nothing_left and standing in (Standing.HERE, Standing.GAP):
             self.metrics.resumed("ended")
@@ -236,13 +237,13 @@ class App:
             )
         if presented is not None:
             self.metrics.resumed("resumed")
-        await self._serve_run(answer, after, page, ended_at(info), browser, scope, send)
+        await self._serve_run(answer, after, first, ended_at(info), browser, scope, send)
 
     async def _serve_run(
         self,
         answer: RunAnswer,
         after: Cursor,
-        page: Page | None,
+        first: list[Page],
         ended_seq: int | None,
         browser: bool,
         scope: Scope,
@@ -262,7 +263,7 @@ class App:
             answer.stream,
             view,
             after,
-            page,
+            first.pop() if first else None,
             ended_at=ended_seq,
             # Only a browser's EventSource is known to come back; others would take the end for the end.
             rotate_at=self.rotate_at() if browser else None,
