@@ -849,6 +849,21 @@ def test_p6_a_reader_that_takes_nothing_is_cut_and_resumes_with_nothing_lost(
         assert words(seen) == said
 
 
+def test_p6_readers_that_caught_up_hold_nothing_of_what_they_were_sent(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    agent = answer(relay, upstream, name, *(f"{n:02d}" + "x" * 4000 for n in range(60)))
+    with contextlib.ExitStack() as readers:
+
+        def connect(count: int) -> int:
+            for _ in range(count):
+                until(readers.enter_context(Reading(agent.events)).blocks(), "live")
+            return relay.rss_bytes()
+
+        warm = connect(20)
+        assert connect(150) - warm < 15_000_000
+
+
 # --- inspection ---------------------------------------------------------------------------------------
 
 

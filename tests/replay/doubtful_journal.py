@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class DoubtfulJournal:
     with `answer_first`, after. `reads` counts pages and descriptions asked for."""
 
     def __init__(self, path: Path) -> None:
-        self.real = SqliteJournal(path)
+        # No two things happen in the same millisecond, so that no two lives have ids in common by chance.
+        self.real = SqliteJournal(path, clock_ms=itertools.count(1_763_726_400_000).__next__)
         self.withheld: list[tuple[str, Cursor, Sequence[Frame]]] | None = None
         self.failing = 0
         self.reads = 0

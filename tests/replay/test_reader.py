@@ -150,9 +150,12 @@ def test_a_reader_is_told_that_its_stream_was_deleted_though_it_was_reading_a_pa
             await stage.open()
             stage.journal.on_doubt = lambda stream: None  # the tail stays unknown, so the reader asks
             stage.journal.answer_first = True
-            stage.journal.close_gate()
             async with Client(stage) as client:
-                await stage.journal.arrived.wait()
+                await client.until('"live"')
+                stage.journal.close_gate()
+                while not stage.journal.arrived.is_set():
+                    client.reader.wake()
+                    await stage.journal.real.tops(["s"])
                 await stage.journal.delete("s")
                 stage.journal.gate.set()
                 assert await client.task is ReaderEnd.DELETED
