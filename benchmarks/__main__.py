@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pkgutil
 import sys
 import time
@@ -18,10 +19,13 @@ from pathlib import Path
 from types import ModuleType
 
 import benchmarks
-from benchmarks.processes import Lab
+from benchmarks.processes import Lab, machine_busy_s
 from benchmarks.report import Report, machine, table
 
 RESULTS = Path(__file__).parent / "results.json"
+
+DISTURBED_CORES = 0.15
+"""Use of the machine by others from which on figures are marked."""
 
 
 def found() -> dict[str, ModuleType]:
@@ -32,6 +36,29 @@ def found() -> dict[str, ModuleType]:
         for name in names
         if name.startswith("b") and name[1:].partition("_")[0].isdigit()
     }
+
+
+class Disturbance:
+    """What the rest of the machine did during a benchmark."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._others_before = self._others_s()
+
+    @staticmethod
+    def _others_s() -> float:
+        ours = os.times()  # of children, those that have been waited for: all, once the lab is closed
+        return machine_busy_s() - ours.user - ours.system - ours.children_user - ours.children_system
+
+    def tell(self, report: Report) -> None:
+        """Write it down, and warn where it was too much to believe the figures."""
+        cores = max(0.0, self._others_s() - self._others_before) / (time.monotonic() - self._began)
+        report.details["others_cpu"] = round(cores, 3)
+        if cores > DISTURBED_CORES:
+            report.note(
+                f"DISTURBED: other processes used {cores:.2f} cores meanwhile. Latencies, and verdicts on "
+                "them, are the machine's."
+            )
 
 
 def main() -> None:
@@ -51,8 +78,10 @@ def main() -> None:
     reports: dict[str, Report] = {}
     for name in names:
         print(f"{name}: {modules[name].TITLE} …", file=sys.stderr, flush=True)
+        disturbance = Disturbance()
         with Lab.open() as lab:
             reports[name] = modules[name].run(lab, arguments.quick)
+        disturbance.tell(reports[name])
     print(table(list(reports.values())))
     out = arguments.out
     if out is None and not arguments.names and not arguments.quick:

@@ -227,17 +227,18 @@ class Cpu:
         self._processes = processes
         self._before = {name: process.cpu_s() for name, process in processes.items()}
         self._own_before = time.process_time()
-        self._machine_before = _machine_busy_s()
+        self._machine_before = machine_busy_s()
 
     def used_s(self) -> dict[str, float]:
         """Seconds of CPU by name; `others` is what everything else on the machine used, and what a hypervisor
         took."""
-        busy = _machine_busy_s() - self._machine_before - (time.process_time() - self._own_before)
+        busy = machine_busy_s() - self._machine_before - (time.process_time() - self._own_before)
         used = {name: process.cpu_s() - self._before[name] for name, process in self._processes.items()}
         return used | {"others": max(0.0, busy - sum(used.values()))}
 
 
-def _machine_busy_s() -> float:
+def machine_busy_s() -> float:
+    """Seconds of CPU that the whole machine has used."""
     # proc(5): user nice system idle iowait irq softirq steal, in ticks
     user, nice, system, _, _, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
