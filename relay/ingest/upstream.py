@@ -115,6 +115,10 @@ class Answer:
         except TimeoutError:
             raise IdleBody(f"Upstream was silent for {idle_s:g} s.") from None
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
+            # aiohttp raises before it gives out what came before the break, and has no other way to it.
+            received = content._read_nowait(-1)
+            if received:
+                yield received
             raise TruncatedBody(f"Upstream's answer broke off: {error or type(error).__name__}") from None
 
     async def decoded_body(self) -> AsyncIterator[bytes]:

@@ -1,0 +1,825 @@
+"""The transparent proxy: what passes, what becomes a run, whose it is, and how long it lives."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+
+import pytest
+from raw_client import RawAnswer, RawClient
+from reading import Reading
+from relay_process import RelayProcess
+from run_record import run_of, whole_run
+from scripted_upstream import Exchange, Gate, ScriptedUpstream
+
+
+def ask(relay: RelayProcess, method: str, target: str, *headers: str, body: bytes = b"") -> RawAnswer:
+    with RawClient(relay.port) as client:
+        client.request(method, target, *headers, body=body)
+        return client.answer(method)
+
+
+def held_stream(upstream: ScriptedUpstream, path: str, first: bytes, rest: bytes) -> Gate:
+    """A stream whose rest waits for the gate."""
+    gate = upstream.gate()
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head()
+        if first:
+            await exchange.chunk(first)
+        await gate.wait()
+        await exchange.chunk(rest)
+        await exchange.end()
+
+    upstream.on(path, handler)
+    return gate
+
+
+# --- what is not a stream passes untouched ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"])
+def test_method_target_headers_and_body_reach_upstream_as_they_are(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, method: str
+) -> None:
+    body = bytes(range(256))
+    target = f"/{name}//a/../b%2Fc%20d;x=1?q=%C3%A9&q=[2]&empty=&r=a+b%2B"
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer("200 OK", exchange.received.body, "application/x-mine; a=b")
+
+    upstream.on(target.partition("?")[0], handler)
+    headers = ["Cookie: a=1; b=2", "X-Twice: 1", "X-Twice: 2", "Authorization: Bearer t", "X-Empty:"]
+    answer = ask(relay, method, target, *headers, "User-Agent: me/1", "Content-Type: a/b", body=body)
+    assert (answer.status, answer.body) == (200, body)
+    assert answer.header("content-type") == "application/x-mine; a=b"
+    received = upstream.received[-1]
+    assert (received.method, received.target, received.body) == (method, target, body)
+    sent = [header for header in received.headers if header[0] != "accept-encoding"]
+    assert sorted(sent) == sorted(
+        [
+            ("host", "relay.test"),
+            ("cookie", "a=1; b=2"),
+            ("x-twice", "1"),
+            ("x-twice", "2"),
+            ("authorization", "Bearer t"),
+            ("x-empty", ""),
+            ("user-agent", "me/1"),
+            ("content-type", "a/b"),
+            ("content-length", "256"),
+        ]
+    )
+
+
+def test_a_request_without_a_body_gets_none(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    ask(relay, "GET", f"/{name}", "Idempotency-Key: k")
+    received = upstream.received[-1]
+    assert received.header("content-length") is None
+    assert received.header("transfer-encoding") is None
+
+
+def test_an_answer_that_is_no_stream_is_passed_on_as_it_comes(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    """Upstream sends its next piece only after the first one arrived, so nothing is held back."""
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head("200 OK", "application/octet-stream")
+        await exchange.chunk(b"\x00first")
+        await gate.wait()
+        await exchange.chunk(b"\xffsecond")
+        await exchange.end()
+
+    gate = upstream.gate()
+    upstream.on(f"/{name}", handler)
+    with RawClient(relay.port) as client:
+        client.request("POST", f"/{name}", "Transfer-Encoding: chunked")
+        client.send(b"3\r\nabc\r\n")
+        client.send(b"2\r\nde\r\n0\r\n\r\n")
+        client.read_until(b"\x00first")
+        gate.open()
+        client.read_until(b"\xffsecond")
+    assert upstream.received[-1].body == b"abcde"
+
+
+def test_a_large_body_arrives_whole(relay: RelayProcess, upstream: ScriptedUpstream, name: str) -> None:
+    body = b"0123456789abcdef" * 500_000
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer("200 OK", exchange.received.body)
+
+    upstream.on(f"/{name}", handler)
+    answer = ask(relay, "POST", f"/{name}", body=body)
+    assert hashlib.sha256(answer.body).digest() == hashlib.sha256(body).digest()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers"),
+    [
+        ("200 OK", b'{"a": 1}', []),
+        ("301 Moved", b"", ["Location: http://elsewhere.test/x"]),
+        ("307 Temporary Redirect", b"", ["Location: /relative"]),
+        ("401 Unauthorized", b'{"error": "no"}', ["WWW-Authenticate: Bearer"]),
+        ("404 Not Found", b"<html>", []),
+        ("429 Too Many Requests", b'{"error": {"message": "slow down"}}', ["Retry-After: 7"]),
+        ("500 Internal Server Error", b'{"error": "boom"}', []),
+        ("206 Partial Content", b"part", ["Content-Range: bytes 0-3/10", 'ETag: "x"']),
+        ("200 OK", gzip.compress(b"text" * 50, mtime=0), ["Content-Encoding: gzip", "Vary: Accept-Encoding"]),
+        ("200 OK", b"x", ["Set-Cookie: a=1", "Set-Cookie: b=2; Path=/", "Cache-Control: max-age=5"]),
+        ("200 OK", b"x", ["X-Text: caf\u00e9"]),
+    ],
+)
+def test_an_answer_that_is_no_stream_passes_untouched(
+    relay: RelayProcess,
+    upstream: ScriptedUpstream,
+    name: str,
+    status: str,
+    body: bytes,
+    headers: list[str],
+) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(status, body, "application/json", *headers)
+
+    upstream.on(f"/{name}", handler)
+    answer = ask(relay, "GET", f"/{name}", "Range: bytes=0-3")
+    expected = [tuple(line.split(": ", 1)) for line in headers]
+    assert answer.status == int(status[:3])
+    assert answer.body == body
+    assert sorted(answer.headers) == sorted(
+        [
+            (key.lower(), value.encode().decode("latin-1"))
+            for key, value in [
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(body))),
+                *expected,
+            ]
+        ]
+    )
+    assert upstream.received[-1].header("range") == "bytes=0-3"
+    assert upstream.calls(f"/{name}") == 1
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
+@pytest.mark.parametrize("content_type", ["application/json", "text/event-stream"])
+def test_an_answer_without_a_body_passes_and_leaves_the_connection_usable(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, status: str, content_type: str
+) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.send(
+            f'HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nETag: "x"\r\n\r\n'.encode()
+        )
+
+    upstream.on(f"/{name}", handler)
+    with RawClient(relay.port) as client:
+        for _ in range(2):
+            client.request("GET", f"/{name}")
+            answer = client.answer()
+            assert (answer.status, answer.header("etag")) == (int(status[:3]), '"x"')
+            assert answer.header("relay-run") is None
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/event-stream"])
+def test_head_passes_with_the_length_upstream_gave(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, content_type: str
+) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.send(
+            f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: 12345\r\n\r\n".encode()
+        )
+
+    upstream.on(f"/{name}", handler)
+    with RawClient(relay.port) as client:
+        for _ in range(2):
+            client.request("HEAD", f"/{name}")
+            answer = client.answer("HEAD")
+            assert (answer.status, answer.header("content-length")) == (200, "12345")
+            assert answer.header("relay-run") is None
+
+
+def test_what_is_no_stream_needs_no_journal_entry(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer("500 Internal Server Error", b"data: x\n\n", "text/event-stream")
+
+    upstream.on(f"/{name}", handler)
+    answer = ask(relay, "GET", f"/{name}", f"Relay-Stream: {name}")
+    assert (answer.status, answer.header("relay-run")) == (500, None)
+    assert relay.get(f"/relay/v1/streams/{name}")[0] == 404
+
+
+# --- streams become runs ------------------------------------------------------------------------------
+
+
+def test_an_event_stream_becomes_a_run_under_upstreams_status_and_headers(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head(
+            "201 Created",
+            "text/event-stream; charset=utf-8",
+            "X-Mine: 1",
+            "Set-Cookie: a=1",
+            "Set-Cookie: b=2",
+            'ETag: "x"',
+            "Vary: Origin",
+            "Cache-Control: max-age=9",
+            "Content-Digest: sha-256=:x:",
+            "Relay-Run: forged",
+            "Trailer: X-T",
+            "Access-Control-Allow-Origin: *",
+        )
+        await exchange.chunk(b"event: delta\nid: up-1\nretry: 5\n: comment\ndata: a\ndata: b\n\n")
+        await exchange.end()
+
+    upstream.on(f"/{name}", handler)
+    answer = ask(relay, "POST", f"/{name}", f"Relay-Stream: {name}", body=b"{}")
+    assert answer.status == 201
+    run = answer.header("relay-run")
+    assert run != "forged"
+    assert sorted(answer.headers) == sorted(
+        [
+            ("content-type", "text/event-stream; charset=utf-8"),
+            ("x-mine", "1"),
+            ("set-cookie", "a=1"),
+            ("set-cookie", "b=2"),
+            ("access-control-allow-origin", "*"),
+            ("vary", "Origin, Last-Event-ID"),
+            ("cache-control", "no-cache, no-store, no-transform"),
+            ("x-accel-buffering", "no"),
+            ("transfer-encoding", "chunked"),
+            ("relay-stream", name),
+            ("relay-run", run),
+            ("relay-cursor", "0-0"),
+        ]
+    )
+    lines = answer.body.decode().split("\n")
+    assert lines[0].startswith("id: rly.")
+    assert lines[0].rpartition("-")[0].endswith(".2")  # the second frame, behind run.started
+    assert lines[1:] == ["event: delta", "data: a", "data: b", "", ""]
+    assert whole_run(relay, name).outcome == ("completed", "upstream_end")
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["application/x-ndjson", "application/jsonl", "application/stream+json", "Application/X-NDJSON; a=b"],
+)
+def test_lines_become_a_run_in_their_own_format(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, content_type: str
+) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head("200 OK", content_type)
+        await exchange.chunk(b'{"a": 1}\r\n\n{"b": ')
+        await exchange.chunk("2}\n{'é'}".encode())
+        await exchange.end()
+
+    upstream.on(f"/{name}", handler)
+    answer = ask(relay, "POST", f"/{name}", f"Relay-Stream: {name}", body=b"{}")
+    assert answer.header("content-type") == content_type
+    assert answer.body.decode() == '{"a": 1}\n{"b": 2}\n{\'é\'}\n'
+    assert answer.whole
+    record = whole_run(relay, name)
+    assert record.texts == ['{"a": 1}', '{"b": 2}', "{'é'}"]
+    assert (record.ended["frames"], record.ended["text_bytes"]) == (3, 8 + 8 + 6)
+
+
+def test_p9_events_arrive_as_the_standard_reads_them(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    upstream.on_stream(
+        f"/{name}",
+        [
+            b"\xef\xbb\xbfdata: bom\r\n\r\n",
+            b"event: e\rdata:no space\r\r",
+            b"data\ndata: \n\n",
+            b"event: lost\n\n",
+            "data: \u00fc\U0001f600\n\n".encode(),
+            b"data: bad \xff utf-8\n\n",
+            b": only a comment\nid: 3\nretry: 1\n\n",
+            b'data: {"a":\ndata:  1}\n\n',
+            b"data: never dispatched",
+        ],
+    )
+    expected = [
+        ("", "bom"),
+        ("e", "no space"),
+        ("", "\n"),
+        ("", "\u00fc\U0001f600"),
+        ("", "bad \ufffd utf-8"),
+        ("", '{"a":\n 1}'),
+    ]
+    with Reading(f"{relay.url}/{name}", Relay_Stream=name) as reading:
+        assert [(block.event, block.data) for block in reading.frames()] == expected
+    record = whole_run(relay, name)
+    assert [(frame.event, frame.data) for frame in record.frames] == expected
+
+
+def test_a_compressed_stream_is_decoded_event_by_event(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    gate = upstream.gate()
+
+    async def handler(exchange: Exchange) -> None:
+        packer = zlib.compressobj(wbits=31)
+        await exchange.head("200 OK", "text/event-stream", "Content-Encoding: gzip")
+        await exchange.chunk(packer.compress(b"data: one\n\n") + packer.flush(zlib.Z_SYNC_FLUSH))
+        await gate.wait()
+        await exchange.chunk(packer.compress(b"data: two\n\n") + packer.flush())
+        await exchange.end()
+
+    upstream.on(f"/{name}", handler)
+    with Reading(f"{relay.url}/{name}", Accept_Encoding="gzip, br") as reading:
+        assert "content-encoding" not in reading.headers
+        assert reading.take(1)[0].data == "one"
+        gate.open()
+        assert reading.take(1)[0].data == "two"
+        assert run_of(relay, reading).outcome == ("completed", "upstream_end")
+    assert upstream.received[-1].header("accept-encoding") == "identity"
+
+
+# --- leaving is not stopping --------------------------------------------------------------------------
+
+
+def test_p7_a_client_that_leaves_does_not_stop_the_run(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    gate = held_stream(upstream, f"/{name}", b"data: one\n\n", b"data: two\n\n")
+    with Reading(f"{relay.url}/{name}", Relay_Stream=name) as reading:
+        reading.take(1)
+    gate.open()
+    record = whole_run(relay, name)
+    assert record.texts == ["one", "two"]
+    assert record.outcome == ("completed", "upstream_end")
+
+
+def test_p7_a_client_that_leaves_before_upstreams_head_does_not_stop_the_run(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    gate = upstream.gate()
+
+    async def handler(exchange: Exchange) -> None:
+        await gate.wait()
+        await exchange.stream([b"data: one\n\n"])
+
+    upstream.on(f"/{name}", handler)
+    with RawClient(relay.port) as client:
+        client.request("POST", f"/{name}", f"Relay-Stream: {name}", body=b"{}")
+        gate.await_arrival()
+    gate.open()
+    assert whole_run(relay, name).texts == ["one"]
+
+
+def test_a_client_that_leaves_in_its_body_takes_the_call_with_it(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    """Upstream must not take the part for the whole."""
+    before = len(upstream.received)
+    with RawClient(relay.port) as client:
+        client.request("POST", f"/{name}", "Content-Length: 100")
+        client.send(b"half")
+    with RawClient(relay.port) as client:
+        client.request("POST", f"/{name}", "Transfer-Encoding: chunked")
+        client.send(b"4\r\nhalf\r\n")
+    assert ask(relay, "GET", f"/{name}/after").status == 404
+    assert [received.target for received in upstream.received[before:]] == [f"/{name}/after"]
+
+
+def test_a_client_that_leaves_an_answer_that_is_no_stream_closes_it(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    closed = threading.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head("200 OK", "application/octet-stream")
+        await exchange.chunk(b"some")
+        await exchange.closed()
+        closed.set()
+
+    upstream.on(f"/{name}", handler)
+    with RawClient(relay.port) as client:
+        client.request("GET", f"/{name}")
+        client.read_until(b"some")
+    assert closed.wait(60)
+
+
+# --- naming -------------------------------------------------------------------------------------------
+
+
+def test_without_a_name_each_answer_has_a_sealed_stream_of_its_own(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    upstream.on_stream(f"/{name}", [b"data: one\n\n"])
+    first, second = ask(relay, "GET", f"/{name}"), ask(relay, "GET", f"/{name}")
+    stream = first.header("relay-stream")
+    assert stream != second.header("relay-stream")
+    assert relay.json(f"/relay/v1/streams/{stream}")["sealed"] is True
+
+
+def test_upstreams_name_wins_over_the_callers_and_comes_with_metadata(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head(
+            "200 OK", "text/event-stream", f"Relay-Stream: {name}-up", 'Relay-Metadata: {"user": "u1"}'
+        )
+        await exchange.end()
+
+    upstream.on(f"/{name}", handler)
+    answer = ask(relay, "GET", f"/{name}", f"Relay-Stream: {name}-caller")
+    assert answer.header("relay-stream") == f"{name}-up"
+    assert answer.header("relay-metadata") is None
+    run = relay.json(f"/relay/v1/streams/{name}-up/runs/{answer.header('relay-run')}")
+    assert run["metadata"] == {"user": "u1"}
+
+
+@pytest.mark.parametrize(
+    "header", ["X-Forwarded-For: 10.0.0.1", "X-Forwarded-For:", "Forwarded: for=10.0.0.1"]
+)
+def test_a_caller_that_speaks_for_somebody_else_names_no_stream(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, header: str
+) -> None:
+    upstream.on_stream(f"/{name}", [b"data: one\n\n"])
+    answer = ask(relay, "GET", f"/{name}", f"Relay-Stream: {name}", header)
+    assert answer.status == 200
+    assert answer.header("relay-stream") != name
+    assert relay.get(f"/relay/v1/streams/{name}")[0] == 404
+
+
+def test_a_trusted_caller_with_a_name_that_is_none_is_refused_before_upstream_is_called(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    answer = ask(relay, "GET", f"/{name}", "Relay-Stream: a/b")
+    assert (answer.status, answer.problem["code"]) == (400, "invalid_name")
+    assert upstream.calls(f"/{name}") == 0
+
+
+@pytest.mark.parametrize(
+    "header", ["Relay-Stream: a/b", "Relay-Metadata: {", "Relay-Metadata: " + "1" * 17_000]
+)
+def test_an_answer_whose_name_or_metadata_is_none_is_invalid(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, header: str
+) -> None:
+    closed = threading.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head("200 OK", "text/event-stream", header)
+        await exchange.closed()
+        closed.set()
+
+    upstream.on(f"/{name}", handler)
+    answer = ask(relay, "GET", f"/{name}")
+    assert (answer.status, answer.problem["code"]) == (502, "upstream_invalid")
+    assert closed.wait(60)
+
+
+# --- idempotency keys ---------------------------------------------------------------------------------
+
+
+def test_p5_a_request_repeated_with_its_key_joins_the_run_and_upstream_is_called_once(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    gate = held_stream(upstream, f"/{name}", b"data: one\n\n", b"data: two\n\n")
+    key = {"Idempotency_Key": name}
+    with Reading(f"{relay.url}/{name}", "POST", b"{}", **key) as first:
+        first.take(1)
+        run = first.headers["relay-run"]
+    with Reading(f"{relay.url}/{name}", "POST", b"{}", **key) as second:
+        assert second.headers["relay-run"] == run
+        seen = second.take(1)
+        gate.open()
+        assert [block.data for block in seen + second.take(1)] == ["one", "two"]
+        assert list(second.blocks()) == []
+    assert upstream.calls(f"/{name}") == 1
+
+
+def test_a_client_gone_before_the_first_byte_gets_the_whole_answer_with_its_key(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    gate = upstream.gate()
+
+    async def handler(exchange: Exchange) -> None:
+        await gate.wait()
+        await exchange.head("200 OK", "text/event-stream", "X-Mine: 1", "Set-Cookie: secret=1")
+        await exchange.chunk(b"data: one\n\n")
+        await exchange.end()
+
+    upstream.on(f"/{name}", handler)
+    headers = (f"Idempotency-Key: {name}", f"Relay-Stream: {name}")
+    with RawClient(relay.port) as client:
+        client.request("POST", f"/{name}", *headers, body=b"{}")
+        gate.await_arrival()
+    gate.open()
+    whole_run(relay, name)
+    answer = ask(relay, "POST", f"/{name}", *headers, body=b"{}")
+    assert answer.status == 200
+    assert b"data: one\n\n" in answer.body
+    assert answer.whole
+    assert answer.header("x-mine") == "1"
+    assert answer.header("set-cookie") is None
+    assert upstream.calls(f"/{name}") == 1
+
+
+def test_requests_with_one_key_at_the_same_time_call_upstream_once(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    gate = upstream.gate()
+
+    async def handler(exchange: Exchange) -> None:
+        await gate.wait()
+        await exchange.stream([b"data: one\n\n"])
+
+    upstream.on(f"/{name}", handler)
+    clients = [RawClient(relay.port) for _ in range(8)]
+    for client in clients:
+        client.request("POST", f"/{name}", f"Idempotency-Key: {name}", body=b"{}")
+    gate.await_arrival()
+    gate.open()
+    answers = [client.answer() for client in clients]
+    for client in clients:
+        client.reset()
+    assert {(answer.status, answer.header("relay-run"), answer.body) for answer in answers} == {
+        (200, answers[0].header("relay-run"), answers[0].body)
+    }
+    assert upstream.calls(f"/{name}") == 1
+
+
+def test_a_key_used_with_another_body_is_refused(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    upstream.on_stream(f"/{name}", [b"data: one\n\n"])
+    ask(relay, "POST", f"/{name}", f"Idempotency-Key: {name}", body=b"one")
+    answer = ask(relay, "POST", f"/{name}", f"Idempotency-Key: {name}", body=b"two")
+    assert (answer.status, answer.problem["code"]) == (422, "idempotency_key_reused")
+    assert upstream.calls(f"/{name}") == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [["Authorization: b"], ["Cookie: b"], ["Authorization: a", "Cookie: b"], ["Authorization: a", "Cookie:"]],
+)
+def test_another_callers_key_is_another_key(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, other: list[str]
+) -> None:
+    upstream.on_stream(f"/{name}", [b"data: one\n\n"])
+    key = f"Idempotency-Key: {name}"
+    first = ask(relay, "POST", f"/{name}", key, "Authorization: a", body=b"{}")
+    second = ask(relay, "POST", f"/{name}", key, *other, body=b"{}")
+    assert first.header("relay-run") != second.header("relay-run")
+    assert upstream.calls(f"/{name}") == 2
+
+
+@pytest.mark.parametrize("change", ["method", "query", "stream"])
+def test_the_same_key_elsewhere_is_another_key(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, change: str
+) -> None:
+    upstream.on_stream(f"/{name}", [b"data: one\n\n"])
+    key = f"Idempotency-Key: {name}"
+    ask(relay, "POST", f"/{name}", key, body=b"{}")
+    method = "PUT" if change == "method" else "POST"
+    target = f"/{name}?q=1" if change == "query" else f"/{name}"
+    more = [f"Relay-Stream: {name}"] if change == "stream" else []
+    ask(relay, method, target, key, *more, body=b"{}")
+    assert upstream.calls(f"/{name}") == 2
+
+
+def test_an_answer_that_is_no_stream_releases_its_key(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    answers = iter(["500 Internal Server Error", "200 OK"])
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(next(answers), b"{}")
+
+    upstream.on(f"/{name}", handler)
+    key = f"Idempotency-Key: {name}"
+    assert ask(relay, "POST", f"/{name}", key, body=b"one").status == 500
+    assert ask(relay, "POST", f"/{name}", key, body=b"another").status == 200
+
+
+def test_a_key_whose_run_failed_without_a_frame_gives_no_empty_success(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head()
+        exchange.writer.close()
+
+    upstream.on(f"/{name}", handler)
+    headers = (f"Idempotency-Key: {name}", f"Relay-Stream: {name}")
+    for _ in range(2):
+        answer = ask(relay, "POST", f"/{name}", *headers, body=b"{}")
+        assert (answer.status, answer.body, answer.whole) == (200, b"", False)
+    assert whole_run(relay, name).outcome == ("failed", "upstream_truncated")
+    assert upstream.calls(f"/{name}") == 1
+
+
+@pytest.fixture(scope="module")
+def small(
+    journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RelayProcess]:
+    """A relay whose bounds are small."""
+    if journal_url.startswith("sqlite"):
+        journal_url = f"sqlite:///{tmp_path_factory.mktemp('small') / 'relay.db'}"
+    with RelayProcess.start(
+        journal=journal_url,
+        upstream=upstream.url,
+        keyed_body_max_bytes=1000,
+        open_runs_max=2,
+        abandon_s=0.5,
+        stream_from=["path:/named/{stream}", "body:/id", "header:X-Chat"],
+        passthrough=["/free/*"],
+    ) as process:
+        yield process
+
+
+def test_a_keyed_body_that_is_too_large_is_refused(
+    small: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    answer = ask(small, "POST", f"/{name}", f"Idempotency-Key: {name}", body=b"x" * 1001)
+    assert (answer.status, answer.problem["code"]) == (413, "body_too_large")
+    assert upstream.calls(f"/{name}") == 0
+
+
+def test_a_key_whose_run_is_gone_from_the_journal_is_said_to_be_gone(
+    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str
+) -> None:
+    """Calling upstream again would do twice what the key promises to do once."""
+    upstream.on_stream(f"/{name}", [b"data: one\n\n"])
+    headers = (f"Idempotency-Key: {name}", f"Relay-Stream: {name}")
+    with RelayProcess.start(journal=fresh_journal(), upstream=upstream.url, retention_s=1) as relay:
+        assert ask(relay, "POST", f"/{name}", *headers, body=b"{}").status == 200
+        while relay.get(f"/relay/v1/streams/{name}")[0] != 404:
+            pass
+        answer = ask(relay, "POST", f"/{name}", *headers, body=b"{}")
+    assert (answer.status, answer.problem["code"]) == (410, "resume_unknown")
+    assert upstream.calls(f"/{name}") == 1
+
+
+# --- bounds and settings ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "headers", "body"),
+    [
+        ("/named/{}", [], b"{}"),
+        ("/x-{}", ["Content-Type: application/json"], b'{{"id": "{}"}}'),
+        ("/x-{}", ["X-Chat: {}"], b"{}"),
+    ],
+)
+def test_a_setting_names_the_stream_of_any_caller_and_wins_over_the_callers_header(
+    small: RelayProcess, upstream: ScriptedUpstream, name: str, target: str, headers: list[str], body: bytes
+) -> None:
+    path = target.format(name)
+    upstream.on_stream(path, [b"data: one\n\n"])
+    given = [header.format(name) for header in headers]
+    sent = body.decode().format(name).encode() if b"id" in body else body
+    answer = ask(small, "POST", path, *given, "X-Forwarded-For: 10.0.0.1", "Relay-Stream: other", body=sent)
+    assert answer.header("relay-stream") == name
+    assert upstream.received[-1].body == sent
+
+
+def test_p7_a_raw_run_that_nobody_reads_is_abandoned_and_keeps_its_text(
+    small: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    """Also one whose client left before upstream's head: that reader was gone before it began."""
+    gate, closed = upstream.gate(), threading.Semaphore(0)
+
+    async def read(exchange: Exchange) -> None:
+        await exchange.head()
+        await exchange.chunk(b"data: one\n\n")
+        await exchange.closed()
+        closed.release()
+
+    async def unread(exchange: Exchange) -> None:
+        await gate.wait()
+        await read(exchange)
+
+    upstream.on(f"/{name}/read", read)
+    upstream.on(f"/{name}/unread", unread)
+    with Reading(f"{small.url}/{name}/read", Relay_Stream=f"{name}-read") as reading:
+        reading.take(1)
+    with RawClient(small.port) as client:
+        client.request("GET", f"/{name}/unread", f"Relay-Stream: {name}-unread")
+        gate.await_arrival()
+    gate.open()
+    for _ in range(2):
+        assert closed.acquire(timeout=60)
+    for stream in (f"{name}-read", f"{name}-unread"):
+        record = whole_run(small, stream)
+        assert record.outcome == ("cancelled", "abandoned")
+        assert record.texts == ["one"]
+
+
+def test_p3_a_stream_that_never_stops_ends_by_max_run(
+    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str
+) -> None:
+    closed = threading.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head()
+        try:
+            while True:
+                await exchange.chunk(b"data: " + b"x" * 2000 + b"\n\n")
+        finally:
+            closed.set()
+
+    upstream.on(f"/{name}", handler)
+    with RelayProcess.start(journal=fresh_journal(), upstream=upstream.url, max_run_s=0.5) as relay:
+        answer = ask(relay, "GET", f"/{name}", f"Relay-Stream: {name}")
+        assert not answer.whole
+        run = relay.json(f"/relay/v1/streams/{name}/runs/{answer.header('relay-run')}")
+    assert (run["status"], run["reason"]) == ("cancelled", "max_run")
+    assert run["error"]
+    assert closed.wait(60)
+
+
+def test_more_runs_than_may_be_open_are_refused_and_their_upstream_closed(
+    small: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    gates = [held_stream(upstream, f"/{name}/{n}", b"data: one\n\n", b"data: two\n\n") for n in range(2)]
+    closed = threading.Event()
+
+    async def third(exchange: Exchange) -> None:
+        await exchange.head()
+        await exchange.closed()
+        closed.set()
+
+    upstream.on(f"/{name}/2", third)
+    with Reading(f"{small.url}/{name}/0") as first, Reading(f"{small.url}/{name}/1") as second:
+        answer = ask(small, "GET", f"/{name}/2")
+        assert (answer.status, answer.problem["code"]) == (503, "busy")
+        assert answer.header("retry-after") is not None
+        assert closed.wait(60)
+        for gate, reading in zip(gates, (first, second), strict=True):
+            gate.open()
+            assert [block.data for block in reading.frames()] == ["one", "two"]
+
+
+@pytest.mark.parametrize("when", ["before the head", "in the stream"])
+def test_a_path_that_is_let_through_is_not_journaled_and_closed_with_its_client(
+    small: RelayProcess, upstream: ScriptedUpstream, name: str, when: str
+) -> None:
+    gate, closed = upstream.gate(), threading.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        if when == "in the stream":
+            await exchange.head("200 OK", "text/event-stream", "X-Mine: 1")
+            await exchange.chunk(b"id: up-1\ndata: one\n\n")
+        gate.arrived.release()
+        await exchange.closed()
+        closed.set()
+
+    upstream.on(f"/free/{name}", handler)
+    with RawClient(small.port) as client:
+        client.request("GET", f"/free/{name}", f"Relay-Stream: {name}")
+        gate.await_arrival()
+        if when == "in the stream":
+            assert b"relay-run" not in client.read_until(b"id: up-1\ndata: one\n\n").lower()
+    assert closed.wait(60)
+    assert small.get(f"/relay/v1/streams/{name}")[0] == 404
+
+
+def test_a_dead_holders_key_is_taken_over_after_its_lease(
+    redis_server: object, upstream: ScriptedUpstream, name: str
+) -> None:
+    url: str = redis_server.url()  # type: ignore[attr-defined]
+    gate = upstream.gate()
+
+    async def handler(exchange: Exchange) -> None:
+        if upstream.calls(f"/{name}") == 1:
+            await gate.wait()
+        await exchange.stream([b"data: one\n\n"])
+
+    upstream.on(f"/{name}", handler)
+    settings = {"journal": url, "upstream": upstream.url, "claim_lease_s": 0.5}
+    start: Callable[..., RelayProcess] = RelayProcess.start
+    with start(**settings) as survivor:
+        holder = start(**settings)
+        with RawClient(holder.port) as client:
+            client.request("POST", f"/{name}", f"Idempotency-Key: {name}", body=b"{}")
+            gate.await_arrival()
+            with RawClient(survivor.port) as waiting:
+                waiting.request("POST", f"/{name}", f"Idempotency-Key: {name}", body=b"{}")
+                holder.kill()
+                answer = waiting.answer()
+        gate.open()
+    assert answer.status == 200
+    assert b"data: one" in answer.body
+    assert upstream.calls(f"/{name}") == 2
+
+
+def test_a_run_that_completed_without_text_is_counted(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    upstream.on_stream(f"/{name}", [])
+    before = relay.metric("relay_runs_completed_without_text_total")
+    ask(relay, "GET", f"/{name}", f"Relay-Stream: {name}")
+    assert whole_run(relay, name).ended["text_bytes"] == 0
+    while relay.metric("relay_runs_completed_without_text_total") != before + 1:
+        pass
+    assert json.loads(relay.get("/relay/healthz")[2])["status"] == "alive"
