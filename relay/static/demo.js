@@ -119,7 +119,7 @@ function frame(message, event) {
     if (seqOf(id) !== seqOf(cursor) + 1) seen.holes += 1;
     seen.frames += 1;
     cursor = id;
-    log(id, `${event || "message"} ${message.data}`, event === "relay");
+    log(id, `${event} ${message.data}`.trimStart(), event === "relay");
     journalSaid(event, body);
   }
   show();
