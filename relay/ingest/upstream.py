@@ -85,6 +85,11 @@ class Answer:
             self.headers = [(name, value) for name, value in self.headers if name != b"content-length"]
         self._response = response
         self._idle_s = idle_s or None
+        connection = response.connection
+        protocol = None if connection is None else connection.protocol
+        self._closed = None if protocol is None else protocol.closed
+        if self._closed is not None:
+            self._closed.add_done_callback(self._connection_closed)
 
     def header(self, name: bytes) -> str:
         """A header's first value, or ""."""
@@ -152,7 +157,18 @@ class Answer:
 
     def close(self) -> None:
         """Break the connection to upstream, unless the body was read to its end."""
+        if self._closed is not None:
+            self._closed.remove_done_callback(self._connection_closed)
+            self._closed = None
         self._response.close()
+
+    def _connection_closed(self, closed: asyncio.Future[None]) -> None:
+        # aiohttp closes the connection at malformed chunks and leaves the body waiting for ever.
+        content = self._response.content
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("its framing is malformed"))
+        if not closed.cancelled():
+            closed.exception()  # seen
 
 
 class Inflater:

@@ -119,6 +119,30 @@ def test_a_large_body_arrives_whole(relay: RelayProcess, upstream: ScriptedUpstr
     assert hashlib.sha256(answer.body).digest() == hashlib.sha256(body).digest()
 
 
+@pytest.mark.parametrize("framing", ["Content-Length: 8000000", "X-Framing: none", "chunked"])
+def test_a_large_answer_arrives_whole_though_upstream_has_closed_long_before(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, framing: str
+) -> None:
+    body = b"0123456789abcdef" * 500_000
+    closed = threading.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        if framing == "chunked":
+            await exchange.head("200 OK", "text/plain")
+            await exchange.chunk(body)
+            await exchange.end()
+        else:
+            await exchange.send(f"HTTP/1.1 200 OK\r\n{framing}\r\nConnection: close\r\n\r\n".encode() + body)
+        exchange.writer.close()
+        closed.set()
+
+    upstream.on(f"/{name}", handler)
+    answer = ask(relay, "GET", f"/{name}")
+    assert answer.whole
+    assert hashlib.sha256(answer.body).digest() == hashlib.sha256(body).digest()
+    assert closed.wait(60)
+
+
 @pytest.mark.parametrize(
     ("status", "body", "headers"),
     [
