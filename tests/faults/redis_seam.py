@@ -11,6 +11,7 @@ import hiredis
 from tcp_proxy import TcpProxy
 
 Loses = Callable[[bytes, bytes, bytes], bool]
+TO_CLIENT, TO_SERVER = 0, 1
 
 
 class RedisSeam(TcpProxy):
@@ -53,7 +54,8 @@ class RedisSeam(TcpProxy):
         return bytes(kept)
 
     def cut_at_random(self, seed: int, cuts: int, mean_bytes: int) -> None:
-        """Reset every connection now, and the next `cuts` after a random number of bytes of one direction."""
+        """Reset every connection now, and the next `cuts` after a random number of bytes of one direction,
+        `mean_bytes` on average towards Redis."""
         first = self.connections
 
         def plan(direction: int) -> Callable[[int], int | None]:
@@ -61,12 +63,14 @@ class RedisSeam(TcpProxy):
                 if number - first >= cuts:
                     return None
                 chance = random.Random(f"{seed} {number - first}")
-                size = 1 + int(chance.expovariate(1 / mean_bytes))
+                size = chance.expovariate(1 / mean_bytes)
+                # Replies are about a tenth as long as commands, and a lost reply is the harder case.
+                size = 1 + int(size if direction == TO_SERVER else size / 10)
                 return size if chance.randrange(2) == direction else None
 
             return bytes_of
 
-        self.plan, self.plan_to_server = plan(0), plan(1)
+        self.plan, self.plan_to_server = plan(TO_CLIENT), plan(TO_SERVER)
         self.cut_all()
 
 
