@@ -205,9 +205,9 @@ def test_a_compressed_stream_that_cannot_be_read_is_truncated(
 def test_a_compression_bomb_is_read_in_bounded_memory(
     relay: RelayProcess, upstream: ScriptedUpstream, name: str, lines: str
 ) -> None:
-    """256 MB from 256 KB: one endless line is too large a frame, comments are dropped piece by piece."""
+    """64 MB from 300 KB: one endless line is too large a frame, comments are dropped piece by piece."""
     filler = b"x" * 65536 if lines == "one" else b": " + b"x" * 65533 + b"\n"
-    bomb = gzip.compress(b"data: one\n\n" + filler * 4096, mtime=0)
+    bomb = gzip.compress(b"data: one\n\n" + filler * 1024, compresslevel=1, mtime=0)
 
     async def handler(exchange: Exchange) -> None:
         await exchange.head("200 OK", "text/event-stream", "Content-Encoding: gzip")
@@ -218,7 +218,7 @@ def test_a_compression_bomb_is_read_in_bounded_memory(
     before = relay.rss_bytes()
     ask(relay, f"/{name}", f"Relay-Stream: {name}")
     record = whole_run(relay, name)
-    assert relay.rss_bytes() - before < 48 * 1024 * 1024
+    assert relay.rss_bytes() - before < 32 * 1024 * 1024
     assert record.texts == ["one"]
     assert record.outcome == (
         ("failed", "frame_too_large") if lines == "one" else ("completed", "upstream_end")
@@ -234,7 +234,8 @@ def test_a_client_may_leave_at_every_byte_of_its_request(
 
     upstream.on(f"/{name}", handler)
     head = f"POST /{name} HTTP/1.1\r\nHost: x\r\nRelay-Stream: {name}\r\nContent-Length: 60\r\n\r\n"
+    logged = len(relay.log)
     with RawClient(relay.port) as client:
         client.send((head.encode() + b"x" * 60)[:cut])
     assert ask(relay, f"/{name}").status == 200
-    assert not [line for line in relay.log if "Traceback" in line]
+    assert not [line for line in relay.log[logged:] if "Traceback" in line]
