@@ -132,7 +132,7 @@ class ScriptedUpstream:
             self.loop = asyncio.get_running_loop()
             self._stopping = asyncio.Event()
             server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=2**20)
-            self.url = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+            self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
             started.set()
             await self._stopping.wait()
             server.close()

@@ -35,7 +35,7 @@ STORES = {"redis", "sqlite3"}
 WEB = {"starlette", "uvicorn", "aiohttp"}
 
 # Modules whose tests are elsewhere: the interface of the journal is the contract suite's subject.
-COVERED_BY = {"relay/journal/base.py": "tests/contract"}
+COVERED_BY = {"relay/journal/base.py": "tests/contract", "relay/__main__.py": "tests/test_cli.py"}
 
 NAMES_OF_NOTHING = {"utils", "helpers", "manager", "common"}
 

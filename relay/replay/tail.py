@@ -332,6 +332,7 @@ class Tails:
         self.page_slots = asyncio.Semaphore(PAGES_AT_ONCE)
         self._tails: dict[str, Tail] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     # Memory
@@ -444,11 +445,17 @@ class Tails:
 
     def now(self) -> float:
         """Seconds on the loop's clock."""
-        return asyncio.get_running_loop().time()
+        return self._running_loop().time()
 
     def call_at(self, when: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
         """Call back at a time of the loop's clock."""
-        return asyncio.get_running_loop().call_at(when, callback)
+        return self._running_loop().call_at(when, callback)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        # Kept, because before Python 3.12 asking for it is a system call, several times a frame.
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        return self._loop
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a rare piece of work (never one per frame) beside the readers."""
