@@ -202,9 +202,15 @@ class App:
             info = await self.journal.run(stream, name)
         except (UnknownStream, UnknownRun):
             raise ResumeUnknown("This answer is not kept any more.") from None
+        if info.token != resume_id.token:
+            # The stream was made anew between the two questions: a run of the same name is another's answer.
+            raise ResumeUnknown("This answer is not kept any more.")
         answer = RunAnswer.of(stream, info, None if self._proxy is None else self._proxy.pump(stream, name))
         after = max(resume_id.cursor, answer.start)
-        await self._serve_known_run(answer, info, after, browser, scope, send)
+        try:
+            await self._serve_known_run(answer, info, after, browser, scope, send)
+        except UnknownStream:
+            raise ResumeUnknown("This answer is not kept any more.") from None
 
     async def _serve_new_run(self, answer: RunAnswer, browser: bool, scope: Scope, send: Send) -> None:
         await self._serve_run(answer, answer.start, [], None, browser, scope, send)
