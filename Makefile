@@ -1,4 +1,4 @@
-.PHONY: run test check bench
+.PHONY: run test check bench soak
 
 run: ; @python3 dev.py demo
 
@@ -7,3 +7,5 @@ test: ; @python3 dev.py test
 check: ; @python3 dev.py check
 
 bench: ; @python3 dev.py bench
+
+soak: ; @python3 dev.py soak

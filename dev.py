@@ -4,6 +4,7 @@
     python3 dev.py test  [args]   install what the tests need, then run pytest
     python3 dev.py check          ruff, mypy, and the style tests
     python3 dev.py bench [args]   run the benchmarks
+    python3 dev.py soak  [args]   run the model test for --seconds (600), from --seed on
     python3 dev.py setup          install everything the commands above need, and run nothing
 
 Only the standard library is used, and the syntax stays readable to older Pythons, so that one of them
@@ -250,7 +251,13 @@ def bench(args: list[str]) -> int:
     become(str(PYTHON), "-m", "benchmarks", *args)
 
 
-COMMANDS = {"demo": demo, "test": test, "check": check, "bench": bench, "setup": setup}
+def soak(args: list[str]) -> int:
+    ensure_venv("test")
+    ensure_tools(REDIS)
+    become(str(PYTHON), "tests/model/soak.py", *args)
+
+
+COMMANDS = {"demo": demo, "test": test, "check": check, "bench": bench, "soak": soak, "setup": setup}
 
 
 def main() -> int:
