@@ -168,6 +168,7 @@ class Link:
             await asyncio.shield(self._wire.lost)
 
     async def close(self) -> None:
+        """End the connection, and open no other."""
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
@@ -383,6 +384,7 @@ class FollowLink(Link):
         self._change(channel)
 
     def unsubscribe(self, channel: bytes) -> None:
+        """Listen no more; a message under way may still come."""
         self._wanted.discard(channel)
         self._change(channel)
 
