@@ -96,8 +96,10 @@ class Tab:
         self.page.wait_for_function("length => text.textContent.length >= length", arg=length)
 
     def await_closed(self) -> None:
-        """Wait until the EventSource has stopped for good: by the standard it never asks again."""
+        """Wait until a 204 has stopped the EventSource for good: by the standard it never asks again."""
         self.page.wait_for_function("source.readyState === EventSource.CLOSED")
+        if 204 not in self.statuses:  # news of an answer may come after what it did to the page
+            self.page.wait_for_event("response", lambda response: response.status == 204)
 
 
 def first_bytes(relay: RelayProcess, path: str, end: bytes) -> bytes:
