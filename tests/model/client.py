@@ -197,7 +197,7 @@ class Client:
             "client": ("127.0.0.1", 1),
             "extensions": {CONNECTION: self.connection},
         }
-        self.log.append(f"connect {'&'.join(query)} {headers[-1][1].decode()}")
+        self.log.append(f"connect at state {self.connected_at}: {'&'.join(query)} {headers[-1][1].decode()}")
         self.task = loop.create_task(app(scope, self._receive, self._send))
 
     async def _receive(self) -> dict[str, Any]:
@@ -371,10 +371,16 @@ class Client:
         if leads_on(self.position, node, self.shown):
             return
         # What cannot be checked is let pass: the frame under the cursor is trimmed, the next one is there.
-        blind = Position(self.position.text, self.position.seq)
-        doubtful = any(self.position.unverifiable(state) for state in self._states())
-        if doubtful and leads_on(blind, node, self.shown):
-            return
+        # relay's cursor may be ahead of this client's, by frames that are not shown.
+        hidden = [
+            _at(other)
+            for other in self.stream.nodes.values()
+            if not self.shown(other) and leads_on(self.position, other, self.shown)
+        ]
+        for at in (self.position, *hidden):
+            doubtful = any(at.unverifiable(state) for state in self._states())
+            if doubtful and leads_on(Position(at.text, at.seq), node, self.shown):
+                return
         self._fail(f"{node} does not follow {self.position.text}")
 
     # Control frames of the connection
@@ -559,8 +565,8 @@ class Client:
             if self.wish.after == "tail":
                 return True
             return not state.remains(self.shown, 0 if self.wish.run else state.earliest - 1)
-        if not position.within(state) and not position.unverifiable(state):
-            return False
+        if not position.within(state) and position.seq >= state.earliest:
+            return False  # where the frame under the cursor is trimmed, nobody can tell
         return not state.remains(self.shown, position.seq)
 
     def _is_lost(self, state: State) -> bool:

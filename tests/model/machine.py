@@ -60,16 +60,17 @@ HURRY = st.booleans()  # without rest, the next thing happens in the midst of wh
 STEPS: dict[str, tuple[int, st.SearchStrategy[tuple[Any, ...]]]] = {
     "append": (7, st.tuples(PICK, BATCHES, HURRY)),
     "append_with_repeats": (2, st.tuples(PICK, EVENTS, st.integers(1, 4), ENDINGS, HURRY)),
-    "end_run": (3, st.tuples(PICK, LAST_EVENTS, ENDINGS, HURRY)),
+    "end_run": (4, st.tuples(PICK, LAST_EVENTS, ENDINGS, HURRY)),
     "open_run": (3, st.tuples(STREAMS, RUNS, st.booleans(), RETENTIONS, HURRY)),
     "repeat": (1, st.tuples(PICK, st.booleans())),
     "trim": (2, st.tuples(STREAMS, st.integers(-1, 6), HURRY)),
     "delete": (1, st.tuples(STREAMS, HURRY)),
     "save": (3, st.tuples(STREAMS)),
     "rewind": (1, st.tuples(PICK, st.booleans(), HURRY)),
-    "fork": (4, st.tuples(PICK, st.sampled_from(("rewind", "rewind", "recreate")), BATCHES, HURRY)),
+    "fork": (4, st.tuples(PICK, st.sampled_from(("rewind", "rewind", "rewind", "recreate")), BATCHES, HURRY)),
     "restart": (1, st.tuples(st.booleans())),
     "break_something": (4, st.tuples(st.sampled_from(("hints", "reads", "failures")), st.integers(1, 3))),
+    "doubt": (3, st.tuples(STREAMS, st.booleans())),
     "release_hints": (2, st.tuples(FATES, st.booleans(), HURRY)),
     "release_reads": (3, st.tuples(st.integers(1, 3), st.booleans(), HURRY)),
     "come": (4, st.tuples(STREAMS, WISHES, HURRY)),
@@ -264,6 +265,12 @@ class Machine(RuleBasedStateMachine):
             journal.holds_reads = True
         else:
             self.the.fail_reads(count)
+
+    def doubt(self, stream: int, slowly: bool) -> None:
+        """The journal's link was broken and is up again. Reading it takes long enough for much to happen."""
+        self.the.journal.holds_reads = self.the.journal.holds_reads or slowly
+        self.the.inside(lambda: self.the.app.tails.on_doubt(self.the.streams[stream].name))
+        self.the.settle()
 
     def release_hints(self, fate: str, go_on: bool, hurry: bool) -> None:
         self.the.journal.holds_hints = self.the.journal.holds_hints and not go_on

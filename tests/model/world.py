@@ -182,10 +182,10 @@ class World:
         self._start()
 
     def _stop(self, *, graceful: bool) -> None:
-        self._let_everything_go()
         if graceful:
             self.loop.run(self.app.drain())
-            self.settle()
+        self._let_everything_go()
+        self.settle()
         for client in self.clients:
             if client.connected:
                 self.inside(client.leave)
