@@ -54,6 +54,7 @@ class Exchange:
 
     @on_lost.setter
     def on_lost(self, callback: Callable[[], None] | None) -> None:
+        """Set it, or take it back with None."""
         self._on_lost = callback
         if callback is not None and self.lost:
             self._protocol.loop.call_soon(callback)

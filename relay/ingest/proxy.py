@@ -37,7 +37,7 @@ from relay.ingest.naming import naming_rules, parse_json
 from relay.ingest.pump import Lines, Pump, ServerSentEvents
 from relay.ingest.upstream import Answer, Headers, Inflater, Upstream, end_to_end
 from relay.ingest.writer import RunWriter
-from relay.journal.base import Journal, RunInfo, RunOpening
+from relay.journal.base import Journal, Opened, RunInfo, RunOpening
 from relay.lifecycle import Ending, Reason, ending
 from relay.limits import METADATA_MAX_BYTES, check_stream_name
 from relay.settings import Settings
@@ -275,7 +275,7 @@ class Proxy:
         )
         self._opening += 1
         try:
-            opened = await self._journal.open_run(opening)
+            opened = await self._opened(opening)
         except StreamSealed:
             log.warning("stream=%s is sealed; upstream's answer cannot be journaled", opening.stream)
             raise
@@ -292,6 +292,16 @@ class Proxy:
         return RunAnswer(
             opening.stream, opening.run, opening.token, opened.start, answer.status, head, pump
         )
+
+    async def _opened(self, opening: RunOpening) -> Opened:
+        """Open a run, and ask once more if a connection broke under the question."""
+        asked_at = self._now()
+        try:
+            return await self._journal.open_run(opening)
+        except JournalUnavailable:
+            if self._now() - asked_at > self._settings.journal_timeout_s / 2:
+                raise  # no blip: the client has waited long enough
+            return await self._journal.open_run(opening)
 
     async def _run(self, pump: Pump) -> None:
         key = (pump.writer.stream, pump.writer.run)
@@ -322,6 +332,9 @@ class Proxy:
         headers = end_to_end(answer.headers, *_NOT_OF_A_STREAM)
         vary = [value for name, value in headers if name == b"vary"]
         headers = [(name, value) for name, value in headers if name != b"vary"]
+        # First, because Chromium takes a head that was cut in an orderly way for whole, and gives up for ever
+        # on an event stream without its type.
+        headers.sort(key=lambda header: header[0] != b"content-type")
         return [*headers, (b"vary", b", ".join([*vary, b"Last-Event-ID"]))]
 
     def pump(self, stream: str, run: str) -> Pump | None:

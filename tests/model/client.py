@@ -488,13 +488,18 @@ class Client:
         self._stand(Position(id_, seq), "gap to")
 
     def _reset(self, id_: str, control: dict[str, Any]) -> None:
-        assert self.position is not None
+        position = self.position
+        assert position is not None
         states = self._states_connected() if self.fresh else self._states()
         seq = int(id_.split("-")[0])
         if not any(state.exists and state.earliest == seq + 1 for state in states):
             self._fail(f"reset to {seq + 1}, which was never the earliest frame")
         if not self._lost_touch(states):
             self._fail("reset, and its position is still where it was")
+        if self.fresh and control["reason"] != "recreated" and all(
+            state.exists and position.is_before(state) for state in states
+        ):
+            self._fail("its cursor is older than the stream, and it is not told that this was recreated")
         if control["reason"] == "recreated" and not self._was_recreated(states):
             self._fail("it was not recreated")
         self.live = 0
@@ -565,7 +570,7 @@ class Client:
             if self.wish.after == "tail":
                 return True
             return not state.remains(self.shown, 0 if self.wish.run else state.earliest - 1)
-        if not position.within(state) and position.seq >= state.earliest:
+        if not position.within(state) and (position.seq >= state.earliest or position.is_before(state)):
             return False  # where the frame under the cursor is trimmed, nobody can tell
         return not state.remains(self.shown, position.seq)
 

@@ -85,6 +85,11 @@ class State:
     def top(self) -> int:
         return self.head.seq if self.head else 0
 
+    @property
+    def created_ms(self) -> int:
+        """When this life began: the time of its first frame."""
+        return [node.ms for node in self.path()][-1]
+
     def path(self) -> Iterator[Node]:
         """Every frame of this life, newest first, trimmed ones too."""
         node = self.head
@@ -153,7 +158,11 @@ class Position:
     def unverifiable(self, state: State) -> bool:
         """Whether the journal cannot tell that this is of another fork: the frame in its place is trimmed,
         and the one after it is not, so that nothing is seen to be missing."""
-        return state.exists and self.seq == state.earliest - 1
+        return state.exists and self.seq == state.earliest - 1 and not self.is_before(state)
+
+    def is_before(self, state: State) -> bool:
+        """Whether this is of a time before the stream's life began, which is seen whatever is trimmed."""
+        return self.node is not None and self.node.ms < state.created_ms
 
 
 BEFORE_FIRST = Position("0-0", 0)

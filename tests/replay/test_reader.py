@@ -63,6 +63,19 @@ class Client:
             self.news.clear()
             await self.news.wait()
 
+    async def rested(self) -> None:
+        """Wait until the reader sleeps at the end of a settled tail: no read of the journal is under way."""
+        await self.stage.settled()
+        tail = self.stage.tails.acquire("s")
+        try:
+            while self.reader not in tail._waiting:
+                await self.stage.journal.real.tops(["s"])
+        finally:
+            self.stage.tails.release(tail, self)
+
+    def wake(self) -> None:
+        """A client sleeps on its text alone."""
+
     @property
     def shape(self) -> list[str]:
         """Data frames by their data, control frames by their type."""
@@ -192,7 +205,7 @@ def test_p8_a_reader_of_a_stream_that_was_made_anew_under_it_is_reset_once(
             stage.journal.on_deleted = lambda stream: None
             async with Client(stage) as client:
                 await client.until('"live"')
-                await stage.settled()
+                await client.rested()
                 stage.journal.withheld = []
                 await stage.journal.delete("s")
                 await stage.open(run="new")
