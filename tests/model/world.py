@@ -96,7 +96,7 @@ class RedisBackend:
     def __init__(self, url: str) -> None:
         self._url = url
         self._client = redis.Redis.from_url(url, socket_timeout=30)
-        self._client.flushall()
+        self._client.flushdb()
 
     def journal(self) -> Journal:
         return RedisJournal(self._url, prefix="model", timeout_s=FOREVER_S)
