@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from deaf_follower import DeafFollower
 from scripted_upstream import ScriptedUpstream
 
-from relay.cursor import Cursor
 from relay.errors import JournalUnavailable
-from relay.frame import Frame
 from relay.ingest.proxy import Call, Proxy, RunAnswer
 from relay.ingest.upstream import Upstream
 from relay.journal.base import Opened, RunOpening
 from relay.journal.sqlite import SqliteJournal
 from relay.lifecycle import Status
 from relay.settings import Settings
-
-
-class Nobody:
-    """Follows nothing."""
-
-    def on_frames(self, stream: str, previous: Cursor, frames: Sequence[Frame]) -> None:
-        pass
-
-    def on_deleted(self, stream: str) -> None:
-        pass
-
-    def on_doubt(self, stream: str) -> None:
-        pass
 
 
 class Unanswering(SqliteJournal):
@@ -76,7 +61,7 @@ async def _opened(
     upstream.on_stream(f"/{name}", [b"data: hello\n\n"])
     settings = Settings(upstream=upstream.url)
     journal = Unanswering(path / "relay.db", outcomes)
-    await journal.start(Nobody())
+    await journal.start(DeafFollower())
     backend = Upstream(upstream.url, settings)
     await backend.start()
     proxy = Proxy(backend, journal, settings, lambda stream: 1, lambda ending, text_bytes: None)

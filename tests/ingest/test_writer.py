@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from deaf_follower import DeafFollower
 
 from relay.cursor import Cursor
 from relay.errors import JournalUnavailable, RunEnded
-from relay.frame import Event, Frame
+from relay.frame import Event
 from relay.ingest.writer import RunWriter
 from relay.journal.base import Append, Appended, Retention, RunOpening
 from relay.journal.sqlite import SqliteJournal
 from relay.lifecycle import Reason, ending
-
-
-class Nobody:
-    """Follows nothing."""
-
-    def on_frames(self, stream: str, previous: Cursor, frames: Sequence[Frame]) -> None:
-        pass
-
-    def on_deleted(self, stream: str) -> None:
-        pass
-
-    def on_doubt(self, stream: str) -> None:
-        pass
 
 
 class Lossy(SqliteJournal):
@@ -49,7 +36,7 @@ class Lossy(SqliteJournal):
 
 async def written(path: Path, outcomes: list[str], deadline_s: float = 30.0) -> tuple[Lossy, RunWriter]:
     journal = Lossy(path / "relay.db")
-    await journal.start(Nobody())
+    await journal.start(DeafFollower())
     await journal.open_run(RunOpening("s", "r", "w", "t" * 22, Retention()))
     journal.outcomes = outcomes
     return journal, RunWriter(journal, "s", "r", "w", deadline_s)
