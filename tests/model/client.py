@@ -142,6 +142,11 @@ class Client:
         self.inbox: list[bytes] = []
         self.cut_after: int | None = None
         self.gone = False
+        self.unclear = False
+        self.answered = False
+        self.raced = False
+        """Whether the journal was rewound while relay put an answer together: what it read of the stream and
+        of the run can be of two forks, and then it may wait for an end that was in the other one."""
         self.broken_off = False
         self.ended = False
         self.bye = ""
@@ -249,7 +254,12 @@ class Client:
         if self.status == 200 and self.wish.run == "current":
             self._choose_run()
         streaming = self.status == 200 and self.wish.kind != "json"
+        if self.status and not self.answered:
+            self.answered = True
+            self.raced = _rewound(self._states_connected())
         inbox, self.inbox = self.inbox, []
+        if self.unclear:
+            inbox = []
         for data in inbox:
             if streaming:
                 for block in self._parser.feed(data):
@@ -294,8 +304,10 @@ class Client:
         if not runs:
             return  # it can only have been asked to come back; a frame would be one it did not ask for
         if len(runs) > 1:
-            runs = {name for name in runs if any(f'"{name}"'.encode() in data for data in self.inbox)} or runs
-        name = sorted(runs)[0]
+            self.unclear = True  # nobody says which of them it was given
+            self.leave()
+            return
+        name = runs.pop()
         self.wish = replace(self.wish, run=name)
         self.shown = Shown(name, self.wish.shows_control)
 
@@ -496,11 +508,10 @@ class Client:
             self._fail(f"reset to {seq + 1}, which was never the earliest frame")
         if not self._lost_touch(states):
             self._fail("reset, and its position is still where it was")
-        if self.fresh and control["reason"] != "recreated" and all(
-            state.exists and position.is_before(state) for state in states
-        ):
+        before = [position.is_before(state) for state in states]
+        if self.fresh and control["reason"] != "recreated" and all(before):
             self._fail("its cursor is older than the stream, and it is not told that this was recreated")
-        if control["reason"] == "recreated" and not self._was_recreated(states):
+        if control["reason"] == "recreated" and not any(before):
             self._fail("it was not recreated")
         self.live = 0
         self._stand(Position(id_, seq), "reset to")
@@ -517,10 +528,6 @@ class Client:
         since = self.established if position.node is None else self.since
         history = self.stream.states[min(since, self.since) :]
         return _rewound(history) or any(not state.exists for state in history)
-
-    def _was_recreated(self, states: list[State]) -> bool:
-        history = self.stream.states[min(self.established, self.since) :]
-        return len({state.life for state in [*history, *states]}) > 1
 
     # Ends
 
@@ -645,7 +652,7 @@ class Client:
             self._fail("it has no answer")
         if not state.exists:
             self._fail("the stream is gone, and it was not told")
-        if state.over(self.wish.run):
+        if state.over(self.wish.run) and not self.raced:
             self._fail("nothing more can come, and it still waits")
         position = self.position
         if position is None:

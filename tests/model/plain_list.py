@@ -151,6 +151,10 @@ class Position:
     seq: int
     node: Node | None = None
 
+    @property
+    def ms(self) -> int:
+        return int(self.text.partition("-")[2] or 0)
+
     def within(self, state: State) -> bool:
         """Whether the state went on from here."""
         return self.node is None or any(node is self.node for node in state.path())
@@ -162,7 +166,7 @@ class Position:
 
     def is_before(self, state: State) -> bool:
         """Whether this is of a time before the stream's life began, which is seen whatever is trimmed."""
-        return self.node is not None and self.node.ms < state.created_ms
+        return state.exists and self.seq > 0 and self.ms < state.created_ms
 
 
 BEFORE_FIRST = Position("0-0", 0)

@@ -220,6 +220,9 @@ class World:
     def settle(self) -> None:
         """Let everything happen that can happen by itself, then look at what the clients got."""
         self.loop.run(self._rest())
+        self.inside(self._look)
+
+    def _look(self) -> None:
         for client in self.clients:
             client.look()
 
