@@ -16,7 +16,6 @@ from starlette.routing import Route, Router
 from relay.cursor import Cursor, ResumeId, Standing, judge
 from relay.errors import (
     Busy,
-    CursorGone,
     JournalError,
     MethodNotAllowed,
     ResumeUnknown,
@@ -27,7 +26,7 @@ from relay.frame import Frame, frame_object, timestamp
 from relay.journal.base import Page, RunInfo, StreamInfo
 from relay.limits import PAGE_MAX_BYTES, PAGE_MAX_FRAMES, check_run_name, check_stream_name
 from relay.metrics import CONTENT_TYPE
-from relay.replay.reader import Reader, ended_at
+from relay.replay.reader import Reader, cursor_gone, ended_at
 from relay.replay.request import EVENT_STREAM, JSON, NDJSON, ReadRequest, read_limit, read_request
 from relay.replay.response import CONNECTION, STREAMING_HEADERS, Receive, Scope, Send, send_no_content
 from relay.replay.tail import WRITE_MAX_BYTES, Tail
@@ -73,6 +72,8 @@ class Api:
         except HTTPException as error:
             if error.status_code == 405:
                 allow = (error.headers or {}).get("Allow", "")
+                if scope["path"].endswith("/events"):
+                    allow = "GET"  # Starlette adds HEAD, which an endless answer cannot serve
                 raise MethodNotAllowed(f"Allowed: {allow}.", allow=allow) from None
             raise RouteNotFound("No such route.") from None
 
@@ -180,14 +181,14 @@ class EventsEndpoint:
             self._app.metrics.resumed(_outcome(standing, ended))
         if request.media_type == JSON:
             if standing is not Standing.HERE:
-                raise _cursor_gone(standing, page)
+                raise cursor_gone(standing, page)
             await _send_page(page, run, info, request, position, send)
             return
         if nothing_left and standing in (Standing.HERE, Standing.GAP):
             await send_no_content(send)
             return
         if standing is not Standing.HERE and not view.tells_loss:
-            raise _cursor_gone(standing, page)
+            raise cursor_gone(standing, page)
         reader = Reader(
             self._app.tails,
             stream,
@@ -363,16 +364,6 @@ def _outcome(standing: Standing, ended: bool) -> str:
     if ended:
         return "ended"
     return "resumed" if standing is Standing.HERE else standing.value
-
-
-def _cursor_gone(standing: Standing, page: Page) -> CursorGone:
-    return CursorGone(
-        "The journal does not hold what comes after this cursor.",
-        reason=standing.value,
-        earliest_seq=page.extent.earliest_seq,
-        top=str(page.extent.top),
-        cursor=str(page.extent.before_earliest),  # from where it can go on, for one who takes the loss
-    )
 
 
 async def _send_page(

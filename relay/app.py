@@ -19,7 +19,6 @@ from relay.dialects.detect import BY_NAME, RAW
 from relay.errors import (
     Busy,
     CallerError,
-    CursorGone,
     JournalError,
     RelayError,
     ResumeUnknown,
@@ -30,11 +29,10 @@ from relay.errors import (
 )
 from relay.ingest.proxy import EVENT_STREAM, Call, ClientGone, Passed, Proxy, RunAnswer
 from relay.ingest.upstream import TruncatedBody, Upstream
-from relay.journal.base import Journal, Page, RunInfo
+from relay.journal.base import Journal, RunInfo
 from relay.lifecycle import Reason, Status, ending
-from relay.limits import PAGE_MAX_FRAMES
 from relay.metrics import Metrics
-from relay.replay.reader import Reader, ReaderEnd, Readers, ended_at
+from relay.replay.reader import Reader, ReaderEnd, Readers, cursor_gone, ended_at
 from relay.replay.response import (
     CONNECTION,
     STREAMING_HEADERS,
@@ -45,7 +43,7 @@ from relay.replay.response import (
     send_problem,
     serve_reader,
 )
-from relay.replay.tail import WRITE_MAX_BYTES, Tails
+from relay.replay.tail import Tails
 from relay.replay.view import ProxiedNdjsonView, ProxiedSseView
 from relay.settings import Settings
 
@@ -213,7 +211,7 @@ class App:
             raise ResumeUnknown("This answer is not kept any more.") from None
 
     async def _serve_new_run(self, answer: RunAnswer, browser: bool, scope: Scope, send: Send) -> None:
-        await self._serve_run(answer, answer.start, [], None, browser, scope, send)
+        await self._serve_run(answer, answer.start, None, browser, scope, send)
 
     async def _serve_known_run(
         self,
@@ -228,9 +226,9 @@ class App:
         if len(self.readers) >= self.settings.readers_max:
             raise Busy("This relay serves as many readers as it may.")
         after = answer.start if presented is None else presented
-        # Handed over in a list: a name here would hold the page as long as the client stays.
-        first = [await self.journal.read(answer.stream, after, PAGE_MAX_FRAMES, WRITE_MAX_BYTES)]
-        standing = judge(after, first[0].extent, first[0].anchor_ms)
+        # One frame is enough to judge by, and no more is held as long as the client stays.
+        page = await self.journal.read(answer.stream, after, 1, 1)
+        standing = judge(after, page.extent, page.anchor_ms)
         nothing_left = info.ended_ms and info.last_data <= after.seq
         if presented is not None and nothing_left and standing in (Standing.HERE, Standing.GAP):
             self.metrics.resumed("ended")
@@ -238,18 +236,15 @@ class App:
             return
         if standing is not Standing.HERE:
             self.metrics.resumed(standing.value)
-            raise CursorGone(
-                "The journal does not hold what comes after this id any more.", reason=standing.value
-            )
+            raise cursor_gone(standing, page)
         if presented is not None:
             self.metrics.resumed("resumed")
-        await self._serve_run(answer, after, first, ended_at(info), browser, scope, send)
+        await self._serve_run(answer, after, ended_at(info), browser, scope, send)
 
     async def _serve_run(
         self,
         answer: RunAnswer,
         after: Cursor,
-        first: list[Page],
         ended_seq: int | None,
         browser: bool,
         scope: Scope,
@@ -269,7 +264,7 @@ class App:
             answer.stream,
             view,
             after,
-            first.pop() if first else None,
+            None,
             ended_at=ended_seq,
             # Only a browser's EventSource is known to come back; others would take the end for the end.
             rotate_at=self.rotate_at() if browser else None,

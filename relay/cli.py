@@ -55,6 +55,7 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
             is_flag=isinstance(default, bool),
             type=click.Choice(choices) if choices else str if several else type(default),
             help=setting.metadata["help"],
+            show_envvar=True,
         )(command)
     return command
 

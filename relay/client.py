@@ -11,6 +11,7 @@ import aiohttp
 import orjson
 
 from relay.errors import RelayError
+from relay.limits import check_stream_name
 
 RECONNECT_S = 1.0
 
@@ -49,6 +50,7 @@ async def tail_stream(
 ) -> None:
     """Print a stream's frames, one line each, until it ends; comes back after a cut, or a restart of relay,
     from its cursor. Raises `Refused` when relay cannot be reached at first, or does not serve the stream."""
+    check_stream_name(stream)
     route = f"{url.rstrip('/')}/relay/v1/streams/{quote(stream, safe='')}/events"
     params = {"after": after, "wait": f"{wait_s:g}"} | ({} if run is None else {"run": run})
     headers = {"Accept": "application/x-ndjson"}
@@ -73,9 +75,17 @@ async def tail_stream(
                             return
             except (aiohttp.ClientError, OSError) as error:
                 if not reached or isinstance(error, aiohttp.InvalidURL):
-                    raise Refused(f"Cannot reach {url}: {error}") from None
+                    raise _unreachable(url, error) from None
                 # Cut: the cursor says where to go on.
             await asyncio.sleep(RECONNECT_S)
+
+
+def _unreachable(url: str, error: Exception) -> Refused:
+    if isinstance(error, aiohttp.InvalidURL):
+        return Refused(f"{url.partition('/relay/')[0]!r} is not a URL, such as http://127.0.0.1:8080.")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return Refused(f"Nothing answers at {url.partition('/relay/')[0]}.")
+    return Refused(f"Cannot reach {url}: {error}")
 
 
 def _session() -> aiohttp.ClientSession:
@@ -112,7 +122,7 @@ async def _get_json(session: aiohttp.ClientSession, url: str, params: dict[str, 
             await _raise_for(response)
             return await response.json(loads=orjson.loads)
     except (aiohttp.ClientError, aiohttp.InvalidURL) as error:
-        raise Refused(f"Cannot reach {url}: {error}") from None
+        raise _unreachable(url, error) from None
 
 
 async def _raise_for(response: aiohttp.ClientResponse) -> None:

@@ -44,7 +44,7 @@ LAST_EVENT_ID_MAX_BYTES = 512
 def check_stream_name(name: str) -> str:
     """Return a stream name unchanged; raises `InvalidName`."""
     if _NAME.fullmatch(name) is None or name in _DOTS:
-        raise InvalidName("A stream name is 1 to 200 characters of A-Z a-z 0-9 . _ ~ : - and not only dots.")
+        raise InvalidName("A stream name is 1 to 200 characters of A-Z a-z 0-9 . _ ~ : - and not . or ..")
     return name
 
 

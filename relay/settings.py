@@ -5,12 +5,14 @@ A field `heartbeat_s` is the flag `--heartbeat-s` and the variable `RELAY_HEARTB
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from relay.errors import StartupError
 from relay.limits import FRAME_MAX_BYTES, Retention
+
+NUMBER_MAX = 2**53
+"""Every journal, and JSON, can hold it exactly."""
 
 # A number has to be more than zero unless zero means "none", "never" or "at once".
 _MAY_BE_ZERO = frozenset(
@@ -55,8 +57,8 @@ class Settings:
     frame_max_bytes: int = _setting(FRAME_MAX_BYTES, "Largest frame.")
     open_runs_max: int = _setting(10_000, "Open proxied runs of this process.")
     readers_max: int = _setting(20_000, "Open readers of this process.")
-    keyed_body_max_bytes: int = _setting(
-        16 * 1024 * 1024, "Largest request body with an Idempotency-Key, or read for a stream's name."
+    buffered_body_max_bytes: int = _setting(
+        16 * 1024 * 1024, "Largest request body kept in memory, for its key or to find a name in it."
     )
     idempotency_keep_s: float = _setting(24 * 3600.0, "How long an Idempotency-Key is remembered.")
     claim_lease_s: float = _setting(15.0, "A pending Idempotency-Key lapses so long after its holder died.")
@@ -85,8 +87,11 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             least = "0 or more" if setting.name in _MAY_BE_ZERO else "more than 0"
-            if not math.isfinite(value) or value < 0 or (value == 0 and setting.name not in _MAY_BE_ZERO):
-                raise StartupError(f"--{setting.name.replace('_', '-')} {value}: must be {least}.")
+            if value == 0 and setting.name in _MAY_BE_ZERO:
+                continue
+            if not 0 < value <= NUMBER_MAX:
+                flag = setting.name.replace("_", "-")
+                raise StartupError(f"--{flag} {value}: must be {least}, and {NUMBER_MAX} at most.")
 
     @property
     def retention(self) -> Retention:

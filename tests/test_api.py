@@ -507,7 +507,8 @@ def test_the_read_route_is_for_get_only(relay: RelayProcess, method: str, name: 
         if method != "HEAD":
             document = json.loads(reading.read())
             assert document["code"] == "method_not_allowed"
-            assert "GET" in document["allow"]
+            assert document["allow"] == "GET"
+        assert reading.headers["allow"] == "GET"
 
 
 # --- after the end ------------------------------------------------------------------------------------

@@ -140,8 +140,22 @@ def test_it_listens_beyond_loopback_when_told_to(tmp_path: Path) -> None:
 
 
 def test_a_setting_out_of_range_stops_the_start(tmp_path: Path) -> None:
-    assert "--heartbeat-s 0.0: must be more than 0." in refusal("--heartbeat-s", "0", cwd=tmp_path)
+    assert "--heartbeat-s 0.0: must be more than 0" in refusal("--heartbeat-s", "0", cwd=tmp_path)
+    assert "at most" in refusal("--max-bytes", "9" * 23, cwd=tmp_path)
     assert "none of" in refusal("--dialect", "klingon", "--upstream", "http://127.0.0.1:1", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:99999", "http://127.0.0.1:1/a?b=c", "http://127.0.0.1:1/#f", "ftp://127.0.0.1", "x"],
+)
+def test_an_upstream_that_is_no_base_url_stops_the_start(tmp_path: Path, url: str) -> None:
+    assert f"--upstream {url!r}" in refusal("--upstream", url, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/xx", "/99999x", "/1/2"])
+def test_a_redis_database_that_is_no_number_is_not_taken_for_the_first(tmp_path: Path, path: str) -> None:
+    assert "database number" in refusal("--journal", f"redis://127.0.0.1:1{path}", cwd=tmp_path)
 
 
 def test_settings_come_from_variables_and_flags_win(tmp_path: Path) -> None:
@@ -189,4 +203,4 @@ def test_tail_and_ls_speak_to_a_running_relay(
     for command in (("tail", "nobody-" + name), ("ls", "--url", "http://127.0.0.1:1")):
         outcome = run(*command, cwd=tmp_path, RELAY_URL=relay.url)
         assert outcome.returncode == 1
-        assert re.fullmatch(r"relay: (Unknown stream|Cannot reach).*\n", outcome.stderr)
+        assert re.fullmatch(r"relay: (Unknown stream|Nothing answers).*\n", outcome.stderr)

@@ -10,8 +10,8 @@ from urllib.parse import unquote
 import orjson
 
 from relay.errors import StartupError
-from relay.limits import check_stream_name
 
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110 section 5.6.2
 _PATH_WORD = re.compile(r"\{stream\}")
 
 
@@ -23,11 +23,11 @@ class NamingRules(NamedTuple):
 
     def find(self, raw_path: str, header: Callable[[str], str], body: Any) -> str:
         """The stream's name, or "". `header` gives a header's value or ""; `body` is the parsed JSON or None.
-        Raises `InvalidName` when a rule finds something that cannot be a name."""
+        What is found may not be a valid name."""
         for rule in self.rules:
             name = rule(raw_path, header, body)
             if name:
-                return check_stream_name(name)
+                return name
         return ""
 
 
@@ -42,7 +42,7 @@ def naming_rules(settings: Sequence[str]) -> NamingRules:
         elif kind == "body" and rest.startswith("/"):
             rules.append(_body_rule(rest))
             needs_body = True
-        elif kind == "header" and rest:
+        elif kind == "header" and _HEADER_NAME.fullmatch(rest):
             rules.append(_header_rule(rest.lower()))
         else:
             raise StartupError(

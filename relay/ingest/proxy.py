@@ -60,6 +60,8 @@ _NOT_OF_A_STREAM = (
 ANSWER_MAX_BYTES = 16 * 1024
 """Bound of the answer head kept for later responses; beyond it only the content type is kept."""
 
+_TOO_MANY_RUNS = "This relay has as many open runs as it may."
+
 CLAIM_POLL_S = 0.1
 """How often a request asks for a key that another one holds."""
 
@@ -177,6 +179,10 @@ class Proxy:
         """Runs whose upstream this process is reading."""
         return len(self._pumps)
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self._pumps) + self._opening >= self._settings.open_runs_max
+
     # Requests
 
     def passes(self, path: str) -> bool:
@@ -193,18 +199,32 @@ class Proxy:
         if self.passes(call.path):
             answer = await self._call(call, call.body)
             return Passed(answer, end_to_end(answer.headers))
+        if self._is_full and call.header("accept").lower() == EVENT_STREAM:
+            raise Busy(_TOO_MANY_RUNS)  # it can only want a stream, so upstream need not be called in vain
         key = call.header("idempotency-key")
         body: AsyncIterator[bytes] | bytes | None = call.body
-        if key or (self._naming.needs_body and "json" in call.header("content-type")):
-            body = await self._whole_body(call)
-        parsed = parse_json(body) if self._naming.needs_body and isinstance(body, bytes) else None
-        stream = self._naming.find(call.target.partition("?")[0], call.header, parsed)
-        if not stream and call.trusted and call.header("relay-stream"):
-            stream = check_stream_name(call.header("relay-stream"))
         if key:
-            assert body is None or isinstance(body, bytes)
-            return await self._open_keyed(call, body, stream, key)
-        return await self._open(call, body, stream)
+            body, rest = await self._begin_body(call)
+            if rest is not None:
+                raise BodyTooLarge(
+                    "The body is larger than relay buffers for an Idempotency-Key.",
+                    limit=self._settings.buffered_body_max_bytes,
+                )
+            return await self._open_keyed(call, body, self._name(call, body), key)
+        if self._naming.needs_body and "json" in call.header("content-type"):
+            begun, rest = await self._begin_body(call)
+            name = self._name(call, begun if rest is None else None)
+            return await self._open(call, begun if rest is None else _joined(begun, rest), name)
+        return await self._open(call, body, self._name(call, None))
+
+    def _name(self, call: Call, body: bytes | None) -> str:
+        """The stream's name as the request tells it. Raises `InvalidName` for one the caller gave itself;
+        what a setting finds is checked when the answer turns out to be a stream, and only then."""
+        parsed = parse_json(body) if self._naming.needs_body and body is not None else None
+        name = self._naming.find(call.target.partition("?")[0], call.header, parsed)
+        if not name and call.trusted and call.header("relay-stream"):
+            name = check_stream_name(call.header("relay-stream"))
+        return name
 
     async def _open(
         self, call: Call, body: AsyncIterator[bytes] | bytes | None, stream: str
@@ -214,7 +234,8 @@ class Proxy:
             if not self._is_stream(call, answer):
                 return Passed(answer, end_to_end(answer.headers))
             return await self._open_run(call, answer, stream)
-        except JournalError:
+        except JournalError as error:
+            log.warning("a stream begins without the journal (%s): %s", self._settings.journal_down, error)
             if self._settings.journal_down == "passthrough":
                 headers = [*end_to_end(answer.headers), (b"relay-journal", b"down")]
                 return Passed(answer, headers)
@@ -228,18 +249,16 @@ class Proxy:
         headers = end_to_end(call.headers, b"expect", b"accept-encoding")
         return await self._upstream.call(call.method, call.target, headers, body)
 
-    async def _whole_body(self, call: Call) -> bytes | None:
+    async def _begin_body(self, call: Call) -> tuple[bytes | None, AsyncIterator[bytes] | None]:
+        """The body as far as relay buffers one, and the rest of it if it is longer."""
         if call.body is None:
-            return None
+            return None, None
         body = bytearray()
         async for data in call.body:
             body += data
-            if len(body) > self._settings.keyed_body_max_bytes:
-                raise BodyTooLarge(
-                    "The body is larger than relay buffers for an Idempotency-Key or a stream's name.",
-                    limit=self._settings.keyed_body_max_bytes,
-                )
-        return bytes(body)
+            if len(body) > self._settings.buffered_body_max_bytes:
+                return bytes(body), call.body
+        return bytes(body), None
 
     @staticmethod
     def _is_stream(call: Call, answer: Answer) -> bool:
@@ -250,12 +269,12 @@ class Proxy:
     # Runs
 
     async def _open_run(self, call: Call, answer: Answer, stream: str) -> RunAnswer:
-        if self._draining or len(self._pumps) + self._opening >= self._settings.open_runs_max:
-            raise Busy("This relay has as many open runs as it may.")
+        if self._draining or self._is_full:
+            raise Busy(_TOO_MANY_RUNS)
         coding = answer.header(b"content-encoding").lower()
         if coding not in ("", "identity", *Inflater.CODINGS):
             raise UpstreamInvalid(f"Upstream was asked for identity and sent its stream as {coding!r}.")
-        named = _stream_named_by(answer) or stream
+        named = _stream_named_by(answer) or (check_stream_name(stream) if stream else "")
         sse = answer.media_type == EVENT_STREAM
         dialect = self._named_dialect or (by_path(call.path) if sse else None)
         head = self._head(answer)
@@ -529,3 +548,9 @@ def _kept_head(status: int, headers: Headers) -> str:
         }  # fmt: skip
         text = orjson.dumps(essential)
     return text.decode()
+
+
+async def _joined(begun: bytes | None, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield begun or b""
+    async for data in rest:
+        yield data

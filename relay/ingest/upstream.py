@@ -7,6 +7,8 @@ total time limit.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import re
 import zlib
 from collections.abc import AsyncIterator, Iterable
@@ -17,6 +19,8 @@ from yarl import URL
 
 from relay.errors import StartupError, UpstreamInvalid, UpstreamSlow, UpstreamUnreachable
 from relay.settings import Settings
+
+log = logging.getLogger("relay.upstream")
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -124,7 +128,8 @@ class Answer:
             received = content._read_nowait(-1)
             if received:
                 yield received
-            raise TruncatedBody(f"Upstream's answer broke off: {error or type(error).__name__}") from None
+            log.info("upstream's answer broke off: %r", error)
+            raise TruncatedBody("Upstream's answer broke off before its end.") from None
 
     async def decoded_body(self) -> AsyncIterator[bytes]:
         """A stream's body with its content coding removed, in pieces of bounded size. Raises as `body`, for
@@ -241,9 +246,14 @@ class Upstream:
     """One configured backend and the connections to it."""
 
     def __init__(self, base_url: str, settings: Settings) -> None:
-        url = URL(base_url)
+        try:
+            url = URL(base_url)
+        except ValueError as error:
+            raise StartupError(f"--upstream {base_url!r} is not a URL: {error}.") from None
         if url.scheme not in ("http", "https") or not url.host:
             raise StartupError(f"--upstream {base_url!r} is not an http:// or https:// URL.")
+        if "?" in base_url or "#" in base_url:
+            raise StartupError(f"--upstream {base_url!r} has a query or fragment, which it cannot have.")
         self._base = base_url.rstrip("/")
         self._settings = settings
         self._session: aiohttp.ClientSession | None = None
@@ -300,11 +310,13 @@ class Upstream:
         except TimeoutError:
             raise UpstreamSlow("Upstream did not send the head of its answer in time.") from None
         except aiohttp.ClientConnectorError as error:
-            raise UpstreamUnreachable(f"Cannot connect to upstream: {error.strerror or error}") from None
+            raise UpstreamUnreachable(f"Cannot connect to upstream: {_reason(error)}.") from None
         except aiohttp.ClientResponseError as error:
-            raise UpstreamInvalid(f"Upstream's answer is not valid HTTP: {error.message}") from None
+            reason = error.message.partition("\n")[0].rstrip(":")
+            raise UpstreamInvalid(f"Upstream's answer is not valid HTTP: {reason}") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise UpstreamUnreachable(f"Upstream closed the connection: {type(error).__name__}") from None
+            log.info("upstream gave no answer: %r", error)
+            raise UpstreamUnreachable("Upstream closed the connection before it answered.") from None
         finally:
             if upload is not None:
                 upload.answered = True
@@ -313,6 +325,11 @@ class Upstream:
         except UpstreamInvalid:
             response.close()
             raise
+
+
+def _reason(error: aiohttp.ClientConnectorError) -> str:
+    number = error.os_error.errno
+    return os.strerror(number).lower() if number is not None and number > 0 else str(error.os_error)
 
 
 def _text(value: bytes) -> str:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import hiredis
 import redis
@@ -71,11 +73,16 @@ def as_journal_error(reply: Exception) -> JournalError:
     return JournalRefused(f"Redis refused: {reply}")
 
 
+_REDIS_PATH = re.compile(r"/?|/[0-9]{1,5}", re.ASCII)
+
+
 class Address:
     """Where a Redis is and how to speak to it, from a redis://, rediss:// or unix:// URL."""
 
     def __init__(self, url: str) -> None:
         """Raises `ValueError`, and `StartupError` when the installed redis-py is not one we can use."""
+        if url.startswith("redis") and not _REDIS_PATH.fullmatch(urlsplit(url).path):
+            raise ValueError("the path is a database number")  # redis-py would take database 0 instead
         options: dict[str, Any] = dict(parse_url(url))
         self._connection_class: type[AbstractConnection] = options.pop("connection_class", Connection)
         options.pop("max_connections", None)

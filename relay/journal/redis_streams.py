@@ -587,7 +587,7 @@ async def _ask_server(address: Address, timeout_s: float) -> dict[str, str]:
     try:
         return await fetch_info(address, timeout_s)
     except (RedisError, OSError, TimeoutError) as error:
-        text = str(error) or "no answer in time"
+        text = (str(error) or "no answer in time").rstrip(".")
         if isinstance(error, RedisError) and any(sign in text for sign in _NOT_LET_IN):
             raise StartupError(
                 f"Redis at {address.name} does not let us in: {text}. Put the user and password into the URL "

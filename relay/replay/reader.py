@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from enum import StrEnum
 
 from relay.cursor import Cursor, Standing, judge
-from relay.errors import JournalError, UnknownRun, UnknownStream
+from relay.errors import CursorGone, JournalError, UnknownRun, UnknownStream
 from relay.frame import Frame
 from relay.journal.base import Page, RunInfo
 from relay.limits import PAGE_MAX_FRAMES
@@ -348,3 +348,14 @@ class LossUntold(Exception):
 def ended_at(info: RunInfo) -> int | None:
     """The seq of a run's terminal frame, None while it is open."""
     return info.last.seq if info.ended_ms else None
+
+
+def cursor_gone(standing: Standing, page: Page) -> CursorGone:
+    """The error of a reader that lost frames and cannot be told so in band."""
+    return CursorGone(
+        "The journal does not hold what comes after this cursor.",
+        reason=standing.value,
+        earliest_seq=page.extent.earliest_seq,
+        top=str(page.extent.top),
+        cursor=str(page.extent.before_earliest),  # from where it can go on, for one who takes the loss
+    )

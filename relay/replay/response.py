@@ -87,6 +87,8 @@ async def send_problem(error: RelayError, send: Send) -> None:
         (b"content-length", b"%d" % len(body)),
         (b"cache-control", b"no-store"),
     ]
+    if error.status == 405:
+        headers.append((b"allow", error.extra["allow"].encode()))
     if error.status == 503:
         headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

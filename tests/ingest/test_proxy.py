@@ -652,7 +652,7 @@ def small(
     with RelayProcess.start(
         journal=journal_url,
         upstream=upstream.url,
-        keyed_body_max_bytes=1000,
+        buffered_body_max_bytes=1000,
         open_runs_max=2,
         abandon_s=0.5,
         stream_from=["path:/named/{stream}", "body:/id", "header:X-Chat"],
@@ -705,6 +705,35 @@ def test_a_setting_names_the_stream_of_any_caller_and_wins_over_the_callers_head
     answer = ask(small, "POST", path, *given, "X-Forwarded-For: 10.0.0.1", "Relay-Stream: other", body=sent)
     assert answer.header("relay-stream") == name
     assert upstream.received[-1].body == sent
+
+
+def test_a_setting_that_finds_no_name_stops_streams_only(
+    small: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    """An endpoint that is no stream may have ids of its own kind where the setting looks."""
+
+    async def echo(exchange: Exchange) -> None:
+        await exchange.answer("200 OK", exchange.received.body)
+
+    upstream.on(f"/{name}", echo)
+    upstream.on_stream(f"/{name}-s", [b"data: one\n\n"])
+    body = b'{"id": "someone@example.com"}'
+    passed = ask(small, "POST", f"/{name}", "Content-Type: application/json", body=body)
+    assert (passed.status, passed.body) == (200, body)
+    stream = ask(small, "POST", f"/{name}-s", "Content-Type: application/json", body=body)
+    assert (stream.status, stream.problem["code"]) == (400, "invalid_name")
+
+
+def test_a_body_too_large_to_find_a_name_in_passes_whole(
+    small: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def echo(exchange: Exchange) -> None:
+        await exchange.answer("200 OK", exchange.received.body)
+
+    upstream.on(f"/{name}", echo)
+    body = b'{"id": "c1", "text": "' + b"x" * 100_000 + b'"}'
+    answer = ask(small, "POST", f"/{name}", "Content-Type: application/json", body=body)
+    assert (answer.status, answer.body) == (200, body)
 
 
 def test_p7_a_raw_run_that_nobody_reads_is_abandoned_and_keeps_its_text(
@@ -779,6 +808,9 @@ def test_more_runs_than_may_be_open_are_refused_and_their_upstream_closed(
         assert (answer.status, answer.problem["code"]) == (503, "busy")
         assert answer.header("retry-after") is not None
         assert closed.wait(60)
+        refused = ask(small, "GET", f"/{name}/2", "Accept: text/event-stream")
+        assert (refused.status, refused.problem["code"]) == (503, "busy")
+        assert upstream.calls(f"/{name}/2") == 1, "who can only want a stream is refused before"
         for gate, reading in zip(gates, (first, second), strict=True):
             gate.open()
             assert [block.data for block in reading.frames()] == ["one", "two"]
