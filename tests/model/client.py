@@ -544,6 +544,8 @@ class Client:
             self.bye = "no content"
         elif self.status == 404:
             unknown = any(not state.exists or (run and run not in state.runs) for state in states)
+            # The run that was current may be gone when it is looked at.
+            unknown = unknown or (wish.run == "current" and _rewound(states))
             if not unknown or wish.kind == "proxied":
                 self._fail(f"404 {code}, and it exists")
             self.position = None
