@@ -26,9 +26,12 @@ class RunRecord(NamedTuple):
 def whole_run(relay: RelayProcess, stream: str, run: str = "latest") -> RunRecord:
     """Wait for a run's end; fails unless it has exactly one terminal frame, behind all others."""
     url = f"{relay.url}/relay/v1/streams/{stream}/events?run={run}&wait=60"
-    with Reading(url) as reading:
-        assert reading.status == 200, reading.read()
-        blocks = list(reading.blocks())
+    while True:
+        with Reading(url) as reading:
+            assert reading.status == 200, reading.read()
+            blocks = list(reading.blocks())
+        if blocks[-1].control is None or blocks[-1].control.get("reason") != "busy":
+            break  # a journal that is only just back may ask readers to come back
     journaled = [
         block
         for block in blocks
