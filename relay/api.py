@@ -22,15 +22,25 @@ from relay.errors import (
     RouteNotFound,
     UnknownStream,
 )
-from relay.frame import Frame, frame_object, timestamp
+from relay.frame import Frame, frame_object, is_terminal, timestamp
 from relay.journal.base import Page, RunInfo, StreamInfo
 from relay.limits import PAGE_MAX_BYTES, PAGE_MAX_FRAMES, check_run_name, check_stream_name
 from relay.metrics import CONTENT_TYPE
+from relay.ndjson import NDJSON
 from relay.replay.reader import Reader, cursor_gone, ended_at
-from relay.replay.request import EVENT_STREAM, JSON, NDJSON, ReadRequest, read_limit, read_request
-from relay.replay.response import CONNECTION, STREAMING_HEADERS, Receive, Scope, Send, send_no_content
+from relay.replay.request import JSON, ReadRequest, read_limit, read_request
+from relay.replay.response import (
+    CONNECTION,
+    STREAMING_HEADERS,
+    Receive,
+    Scope,
+    Send,
+    send_no_content,
+    send_whole,
+)
 from relay.replay.tail import WRITE_MAX_BYTES, Tail
-from relay.replay.view import View, is_terminal
+from relay.replay.view import View
+from relay.sse import EVENT_STREAM
 
 if TYPE_CHECKING:
     from relay.app import App
@@ -177,14 +187,14 @@ class EventsEndpoint:
         standing = judge(position, page.extent, page.anchor_ms)
         nothing_left = _nothing_left(info, run, view, position)
         if request.cursor is not None:
-            ended = nothing_left and standing in (Standing.HERE, Standing.GAP)
+            ended = nothing_left and standing.same_life
             self._app.metrics.resumed(_outcome(standing, ended))
         if request.media_type == JSON:
             if standing is not Standing.HERE:
                 raise cursor_gone(standing, page)
             await _send_page(page, run, info, request, position, send)
             return
-        if nothing_left and standing in (Standing.HERE, Standing.GAP):
+        if nothing_left and standing.same_life:
             await send_no_content(send)
             return
         if standing is not Standing.HERE and not view.tells_loss:
@@ -209,8 +219,7 @@ class EventsEndpoint:
         app, journal, tails = self._app, self._app.journal, self._app.tails
         if not wait_s:
             return await journal.describe(stream)
-        if len(app.readers) >= app.settings.readers_max:
-            raise Busy("This relay serves as many readers as it may.")
+        app.check_room()
         deadline = tails.now() + wait_s
         tail = tails.acquire(stream)
         arrival = _Arrival(tail)
@@ -288,7 +297,7 @@ class EventsEndpoint:
             return position, await read(position, *bounds)
         page = await read(cursor, *bounds)
         standing = judge(cursor, page.extent, page.anchor_ms)
-        if run is None or cursor.seq >= run.start.seq or standing not in (Standing.HERE, Standing.GAP):
+        if run is None or cursor.seq >= run.start.seq or not standing.same_life:
             return cursor, page
         # What stood before the run is not shown to this reader, so it loses none of it.
         return run.start, await read(run.start, *bounds)
@@ -297,10 +306,7 @@ class EventsEndpoint:
         view = request.view(None)
         position = request.cursor if isinstance(request.cursor, Cursor) else None
         bye = view.notice("bye", position, reason=reason, retry_ms=self._app.tails.retry_ms())
-        await send(
-            {"type": "http.response.start", "status": 200, "headers": _head(view.media_type)}
-        )
-        await send({"type": "http.response.body", "body": bye})
+        await send_whole(200, _head(view.media_type), bye, send)
 
 
 class _Arrival:
@@ -391,8 +397,7 @@ async def _send_page(
         }
     )
     headers = [(b"content-type", JSON.encode()), (b"cache-control", b"no-store"), (b"vary", b"Last-Event-ID")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send_whole(200, headers, body, send)
 
 
 def _head(media_type: str) -> list[tuple[bytes, bytes]]:

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from relay.api import Api
-from relay.cursor import Cursor, Standing, judge, parse_resume_id
+from relay.cursor import RESUME_PREFIX, Cursor, Standing, judge, parse_resume_id
 from relay.dialects.detect import BY_NAME, RAW
 from relay.errors import (
     Busy,
@@ -27,9 +27,9 @@ from relay.errors import (
     UnknownStream,
     UpgradeUnsupported,
 )
-from relay.ingest.proxy import EVENT_STREAM, Call, ClientGone, Passed, Proxy, RunAnswer
+from relay.ingest.proxy import Call, ClientGone, Passed, Proxy, RunAnswer
 from relay.ingest.upstream import TruncatedBody, Upstream
-from relay.journal.base import Journal, RunInfo
+from relay.journal.base import Journal
 from relay.lifecycle import Reason, Status, ending
 from relay.metrics import Metrics
 from relay.replay.reader import Reader, ReaderEnd, Readers, cursor_gone, ended_at
@@ -41,11 +41,13 @@ from relay.replay.response import (
     Send,
     send_no_content,
     send_problem,
+    send_whole,
     serve_reader,
 )
 from relay.replay.tail import Tails
 from relay.replay.view import ProxiedNdjsonView, ProxiedSseView
 from relay.settings import Settings
+from relay.sse import EVENT_STREAM
 
 log = logging.getLogger("relay.app")
 
@@ -153,7 +155,7 @@ class App:
         presented = call.header("last-event-id")
         browser = _is_event_source(call)
         try:
-            if presented.startswith("rly."):
+            if presented.startswith(RESUME_PREFIX):
                 await self._resume(presented, browser, scope, send)
                 return
             if self._proxy is None:
@@ -162,9 +164,9 @@ class App:
             if isinstance(opened, Passed):
                 await _pass_on(opened, call.method, scope, send)
             elif opened.info is None:
-                await self._serve_new_run(opened, browser, scope, send)
+                await self._serve_run(opened, opened.start, None, browser, scope, send)
             else:
-                await self._serve_known_run(opened, opened.info, None, browser, scope, send)
+                await self._serve_known_run(opened, None, browser, scope, send)
         except (Busy, JournalError) as error:
             if not browser:
                 raise
@@ -206,31 +208,23 @@ class App:
         answer = RunAnswer.of(stream, info, None if self._proxy is None else self._proxy.pump(stream, name))
         after = max(resume_id.cursor, answer.start)
         try:
-            await self._serve_known_run(answer, info, after, browser, scope, send)
+            await self._serve_known_run(answer, after, browser, scope, send)
         except UnknownStream:
             raise ResumeUnknown("This answer is not kept any more.") from None
 
-    async def _serve_new_run(self, answer: RunAnswer, browser: bool, scope: Scope, send: Send) -> None:
-        await self._serve_run(answer, answer.start, None, browser, scope, send)
-
     async def _serve_known_run(
-        self,
-        answer: RunAnswer,
-        info: RunInfo,
-        presented: Cursor | None,
-        browser: bool,
-        scope: Scope,
-        send: Send,
+        self, answer: RunAnswer, presented: Cursor | None, browser: bool, scope: Scope, send: Send
     ) -> None:
-        """A run from a cursor its reader has, or from its start; a reader that has all of it gets 204."""
-        if len(self.readers) >= self.settings.readers_max:
-            raise Busy("This relay serves as many readers as it may.")
+        """A run opened before, from its reader's cursor or its start. Who has all of it gets 204."""
+        info = answer.info
+        assert info is not None
+        self.check_room()
         after = answer.start if presented is None else presented
         # One frame is enough to judge by, and no more is held as long as the client stays.
         page = await self.journal.read(answer.stream, after, 1, 1)
         standing = judge(after, page.extent, page.anchor_ms)
         nothing_left = info.ended_ms and info.last_data <= after.seq
-        if presented is not None and nothing_left and standing in (Standing.HERE, Standing.GAP):
+        if presented is not None and nothing_left and standing.same_life:
             self.metrics.resumed("ended")
             await send_no_content(send)
             return
@@ -310,10 +304,14 @@ class App:
         said = BY_NAME.get(info.dialect, RAW).error_event(ending(Reason.UPSTREAM_ERROR)) is not None
         return info.status is Status.COMPLETED or said
 
-    async def serve(self, reader: Reader, scope: Scope, send: Send, **response: Any) -> None:
-        """Serve a reader and count it."""
+    def check_room(self) -> None:
+        """Raises `Busy` when no further reader may be served."""
         if len(self.readers) >= self.settings.readers_max:
             raise Busy("This relay serves as many readers as it may.")
+
+    async def serve(self, reader: Reader, scope: Scope, send: Send, **response: Any) -> None:
+        """Serve a reader and count it."""
+        self.check_room()
         await self._serve(reader, scope, send, **response)
 
     async def _serve(self, reader: Reader, scope: Scope, send: Send, **response: Any) -> None:
@@ -324,8 +322,7 @@ class App:
         """A browser's EventSource gives up for ever on anything but 200; this makes it try again."""
         log.warning("a browser is asked to come back: %s", error)
         headers = [(b"content-type", EVENT_STREAM.encode()), *STREAMING_HEADERS]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"retry: %d\n\n" % self.tails.retry_ms()})
+        await send_whole(200, headers, b"retry: %d\n\n" % self.tails.retry_ms(), send)
 
 
 def _call(scope: Scope, receive: Receive) -> Call:

@@ -12,6 +12,7 @@ import orjson
 
 from relay.errors import RelayError
 from relay.limits import check_stream_name
+from relay.ndjson import NDJSON
 
 RECONNECT_S = 1.0
 
@@ -53,7 +54,7 @@ async def tail_stream(
     check_stream_name(stream)
     route = f"{url.rstrip('/')}/relay/v1/streams/{quote(stream, safe='')}/events"
     params = {"after": after, "wait": f"{wait_s:g}"} | ({} if run is None else {"run": run})
-    headers = {"Accept": "application/x-ndjson"}
+    headers = {"Accept": NDJSON}
     reached = False
     async with _session() as session:
         while True:

@@ -93,6 +93,11 @@ class Standing(enum.Enum):
     AHEAD = "ahead"
     """The journal does not reach so far."""
 
+    @property
+    def same_life(self) -> bool:
+        """Whether the cursor was given out in this life of the stream, even if frames after it are gone."""
+        return self in (Standing.HERE, Standing.GAP)
+
 
 def judge(cursor: Cursor, extent: Extent, anchor_ms: int | None) -> Standing:
     """Judge a cursor. `anchor_ms` is the `ms` of the frame held at `cursor.seq`, None where none is held."""

@@ -71,6 +71,16 @@ def control(kind: str, **members: Any) -> bytes:
     return orjson.dumps({"type": kind} | {key: value for key, value in members.items() if value is not None})
 
 
+def is_opening(frame: Frame) -> bool:
+    """Whether a frame is the first of its run."""
+    return frame.event == CONTROL_EVENT and frame.data.startswith(b'{"type":"run.started"')
+
+
+def is_terminal(frame: Frame) -> bool:
+    """Whether a frame is the last of its run."""
+    return frame.event == CONTROL_EVENT and frame.data.startswith(b'{"type":"run.ended"')
+
+
 def run_started(run: str, dialect: str | None, metadata: Any) -> bytes:
     """The data of the frame that opens a run."""
     return control("run.started", run=run, dialect=dialect, metadata=metadata)

@@ -6,6 +6,9 @@ from relay.errors import FrameTooLarge
 
 _BLANK = b" \t\r"  # the white space of JSON (RFC 8259 section 2) that can stand within a line
 
+NDJSON = "application/x-ndjson"
+"""The media type that relay serves lines as; others name the same format."""
+
 
 class LineParser:
     """Turns the chunks of an NDJSON body into its lines: without LF or CRLF, blank ones skipped, valid UTF-8.

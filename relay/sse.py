@@ -16,6 +16,9 @@ _BOM = b"\xef\xbb\xbf"
 _LF = 0x0A
 _CR = 0x0D
 
+EVENT_STREAM = "text/event-stream"
+"""The format's media type."""
+
 LINE_OVERHEAD_BYTES = 1024
 """A line may be this much longer than an event's data: room for a field name, or for a comment."""
 

@@ -15,10 +15,14 @@ _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110 section 5.
 _PATH_WORD = re.compile(r"\{stream\}")
 
 
+Rule = Callable[[str, Callable[[str], str], Any], str]
+"""Finds a stream's name, or "", in a raw path, a way to a header's value, and a parsed JSON body."""
+
+
 class NamingRules(NamedTuple):
     """The `--stream-from` settings, in their order: the first that finds a name wins."""
 
-    rules: Sequence[Callable[[str, Callable[[str], str], Any], str]]
+    rules: Sequence[Rule]
     needs_body: bool
 
     def find(self, raw_path: str, header: Callable[[str], str], body: Any) -> str:
@@ -33,7 +37,7 @@ class NamingRules(NamedTuple):
 
 def naming_rules(settings: Sequence[str]) -> NamingRules:
     """Read `path:/chat/{stream}`, `body:/json/pointer` and `header:Name`; raises `StartupError`."""
-    rules: list[Callable[[str, Callable[[str], str], Any], str]] = []
+    rules: list[Rule] = []
     needs_body = False
     for setting in settings:
         kind, _, rest = setting.partition(":")
@@ -51,7 +55,7 @@ def naming_rules(settings: Sequence[str]) -> NamingRules:
     return NamingRules(rules, needs_body)
 
 
-def _path_rule(pattern: str) -> Callable[[str, Callable[[str], str], Any], str]:
+def _path_rule(pattern: str) -> Rule:
     before, after = _PATH_WORD.split(pattern)
     path = re.compile(re.escape(before) + r"([^/]+)" + re.escape(after))
 
@@ -62,11 +66,11 @@ def _path_rule(pattern: str) -> Callable[[str, Callable[[str], str], Any], str]:
     return rule
 
 
-def _header_rule(name: str) -> Callable[[str, Callable[[str], str], Any], str]:
+def _header_rule(name: str) -> Rule:
     return lambda raw_path, header, body: header(name)
 
 
-def _body_rule(pointer: str) -> Callable[[str, Callable[[str], str], Any], str]:
+def _body_rule(pointer: str) -> Rule:
     # RFC 6901
     keys = [part.replace("~1", "/").replace("~0", "~") for part in pointer[1:].split("/")]
 

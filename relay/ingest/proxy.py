@@ -40,12 +40,13 @@ from relay.ingest.writer import RunWriter
 from relay.journal.base import Journal, Opened, RunInfo, RunOpening
 from relay.lifecycle import Ending, Reason, ending
 from relay.limits import METADATA_MAX_BYTES, check_stream_name
+from relay.ndjson import NDJSON
 from relay.settings import Settings
+from relay.sse import EVENT_STREAM
 
 log = logging.getLogger("relay.proxy")
 
-EVENT_STREAM = "text/event-stream"
-LINE_TYPES = ("application/x-ndjson", "application/jsonl", "application/stream+json")
+LINE_TYPES = (NDJSON, "application/jsonl", "application/stream+json")
 
 # 204, 205 and 304 have no body, and 206 is a piece of a stored thing, not a stream.
 _STREAM_STATUSES = (200, 201, 202, 203)

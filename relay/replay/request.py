@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from relay.cursor import RESUME_PREFIX, Cursor, ResumeId, parse_cursor, parse_resume_id
 from relay.errors import InvalidParameter, MalformedCursor, NotAcceptable
 from relay.limits import LAST_EVENT_ID_MAX_BYTES, PAGE_MAX_FRAMES, RUN_WORDS, WAIT_MAX_S, check_run_name
+from relay.ndjson import NDJSON
 from relay.replay.view import EventsView, NdjsonView, View
+from relay.sse import EVENT_STREAM
 
-EVENT_STREAM = "text/event-stream"
-NDJSON = "application/x-ndjson"
 JSON = "application/json"
 
 

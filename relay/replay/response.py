@@ -72,11 +72,16 @@ async def serve_reader(
     return end
 
 
+async def send_whole(status: int, headers: Headers, body: bytes, send: Send) -> None:
+    """A response in one piece."""
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
 async def send_no_content(send: Send) -> None:
     """204: nothing remains and nothing more will come, so an EventSource stops for good."""
     headers = [(b"cache-control", b"no-store"), (b"vary", b"Last-Event-ID")]
-    await send({"type": "http.response.start", "status": 204, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
+    await send_whole(204, headers, b"", send)
 
 
 async def send_problem(error: RelayError, send: Send) -> None:
@@ -91,5 +96,4 @@ async def send_problem(error: RelayError, send: Send) -> None:
         headers.append((b"allow", error.extra["allow"].encode()))
     if error.status == 503:
         headers.append((b"retry-after", b"1"))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send_whole(error.status, headers, body, send)

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from relay.cursor import ORIGIN, Cursor, Standing, judge
 from relay.errors import RelayError, UnknownStream
-from relay.frame import CONTROL_EVENT, Frame
+from relay.frame import CONTROL_EVENT, Frame, is_opening, is_terminal
 from relay.journal.base import Journal
 from relay.limits import PAGE_MAX_BYTES, PAGE_MAX_FRAMES
-from relay.replay.view import Chunk, View, chunk, is_terminal
+from relay.replay.view import Chunk, View, chunk
 from relay.settings import Settings
 from relay.sse import encode_wire
 
@@ -198,12 +198,12 @@ class Tail:
                 self._take(page.frames)
         else:
             # Too far behind to catch up in memory, or not the journal read before: begin anew at its end.
-            await self._restart(count=standing not in (Standing.HERE, Standing.GAP))
+            await self._restart(count=not standing.same_life)
 
     async def _restart(self, *, count: bool) -> None:
         self._unsettled.clear()
         info = await self._tails.journal.describe(self.stream)
-        self._forget()
+        self.forget()
         self.known = True
         self.top = self._floor = info.extent.top
         self._sealed = info.sealed
@@ -216,13 +216,14 @@ class Tail:
         # Not created yet, or gone with its journal.
         if self.known and self.top != ORIGIN:
             self.generation += 1
-        self._forget()
+        self.forget()
         self.known, self.top, self._floor = True, ORIGIN, ORIGIN
         self._sealed = False
         self._open_runs.clear()
         self._wake()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Hold nothing any more: what a tail holds is in the journal too."""
         self._drop_chunks()
         self._drop_frames(len(self._frames))
 
@@ -241,10 +242,6 @@ class Tail:
         self._floor = self._frames[count - 1].id
         del self._frames[:count]
         del self._wires[:count]
-
-    def drop_held(self) -> None:
-        """Make room for others: what this tail holds is in the journal too."""
-        self._forget()
 
     def _take(self, frames: Sequence[Frame]) -> None:
         size = 0
@@ -266,7 +263,7 @@ class Tail:
     def _note_control(self, frame: Frame) -> None:
         if is_terminal(frame):
             self._open_runs.discard(frame.run)
-        elif frame.data.startswith(b'{"type":"run.started"'):
+        elif is_opening(frame):
             self._open_runs.add(frame.run)
             if frame.seq == 1 and not self._sealed:
                 # A stream that was made just now may have been made sealed, which no frame tells.
@@ -314,7 +311,7 @@ class Tail:
     def close(self) -> None:
         """Forget everything; the tail is not used any more."""
         self._closed = True
-        self._forget()
+        self.forget()
         if self._flush_timer is not None:
             self._flush_timer.cancel()
         if self._settling is not None:
@@ -348,7 +345,7 @@ class Tails:
             return
         for tail in sorted(self._tails.values(), key=lambda tail: tail.active_at):
             if tail is not newest:
-                tail.drop_held()
+                tail.forget()
             if self.held_bytes <= self.settings.rings_max_bytes * 3 // 4:
                 return
 
@@ -459,7 +456,7 @@ class Tails:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a rare piece of work (never one per frame) beside the readers."""
-        task = asyncio.get_running_loop().create_task(work)
+        task = self._running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 
 from relay.cursor import RESUME_PREFIX, Cursor
-from relay.frame import CONTROL_EVENT, Frame, control, frame_object
-from relay.sse import comment, encode_event
-
-_RUN_ENDED = b'{"type":"run.ended"'
+from relay.frame import CONTROL_EVENT, Frame, control, frame_object, is_terminal
+from relay.ndjson import NDJSON
+from relay.sse import EVENT_STREAM, comment, encode_event
 
 
 class Chunk(NamedTuple):
@@ -46,11 +45,6 @@ class View(Protocol):
         """What keeps an idle connection alive."""
 
 
-def is_terminal(frame: Frame) -> bool:
-    """Whether a frame is the last of its run."""
-    return frame.event == CONTROL_EVENT and frame.data.startswith(_RUN_ENDED)
-
-
 def chunk(view: View, frames: Sequence[Frame], wires: Sequence[bytes]) -> Chunk:
     """What `view` shows of consecutive frames. Stops behind the terminal frame of the view's run."""
     last = frames[-1].id
@@ -72,7 +66,7 @@ def _without_control(frames: Sequence[Frame], wires: Sequence[bytes]) -> Sequenc
 class EventsView:
     """`text/event-stream` on the events route."""
 
-    media_type = "text/event-stream"
+    media_type = EVENT_STREAM
 
     def __init__(self, run: str | None, control: str, envelope: bool, heartbeat_event: bool) -> None:
         self.run = run
@@ -118,7 +112,7 @@ class EventsView:
 class NdjsonView:
     """`application/x-ndjson` on the events route: one frame object a line."""
 
-    media_type = "application/x-ndjson"
+    media_type = NDJSON
 
     def __init__(self, run: str | None, control: str, heartbeat_event: bool) -> None:
         self.run = run
