@@ -18,6 +18,7 @@
     │   ├── Fenced                  409 fenced
     │   ├── SequenceGap             409 sequence_gap
     │   ├── StreamSealed            409 stream_sealed
+    │   ├── StreamBusy              409 stream_busy
     │   ├── CursorGone              410 cursor_gone
     │   ├── ResumeUnknown           410 resume_unknown
     │   ├── KeyReused               422 idempotency_key_reused
@@ -28,7 +29,9 @@
     │   └── UpstreamSlow            504 upstream_timeout
     ├── JournalError                the journal failed; 503, worth retrying
     │   ├── JournalUnavailable      503 journal_unavailable
-    │   └── JournalRefused          503 journal_refused
+    │   ├── JournalRefused          503 journal_refused
+    │   └── Rewound                 503 journal_rewound
+    │       └── Diverged            503 journal_diverged
     ├── Busy                        503 busy: a limit of this process is reached, or it is draining
     └── StartupError                relay cannot start; the message says what to do
 
@@ -132,6 +135,10 @@ class StreamSealed(CallerError):
     code, status, title = "stream_sealed", 409, "Stream is sealed"
 
 
+class StreamBusy(CallerError):
+    code, status, title = "stream_busy", 409, "Stream has an open run"
+
+
 class CursorGone(CallerError):
     code, status, title = "cursor_gone", 410, "Cursor is no longer in the journal"
 
@@ -178,6 +185,18 @@ class JournalRefused(JournalError):
     """The journal answered, but will not write: full disk, out of memory, read-only."""
 
     code, title = "journal_refused", "Journal refuses to write"
+
+
+class Rewound(JournalError):
+    """The journal lost frames that it had accepted: it failed over, or was restored from a copy."""
+
+    code, title = "journal_rewound", "Journal lost accepted frames"
+
+
+class Diverged(Rewound):
+    """It lost them and was written on since."""
+
+    code, title = "journal_diverged", "Journal was written on after it lost accepted frames"
 
 
 class Busy(RelayError):

@@ -86,6 +86,11 @@ def run_started(run: str, dialect: str | None, metadata: Any) -> bytes:
     return control("run.started", run=run, dialect=dialect, metadata=metadata)
 
 
+def run_superseded(run: str, by: str) -> bytes:
+    """The data of the frame that says which run replaces another one."""
+    return control("run.superseded", run=run, by=by)
+
+
 def run_ended(run: str, ending: Ending, frames: int, text_bytes: int) -> bytes:
     """The data of a run's terminal frame: how it ended, how many data frames and bytes of text it holds."""
     return control(

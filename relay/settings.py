@@ -18,6 +18,7 @@ NUMBER_MAX = 2**53
 _MAY_BE_ZERO = frozenset(
     (
         *("port", "max_frames", "max_bytes", "retention_s", "upstream_idle_s", "abandon_s", "max_run_s"),
+        *("held_max_bytes", "held_total_max_bytes", "held_s", "rewind_grace_s"),
         *("group_ms", "ring_max_frames", "ring_max_bytes", "rings_max_bytes", "drain_grace_s", "retry_ms"),
     )
 )
@@ -66,6 +67,22 @@ class Settings:
     upstream_connect_timeout_s: float = _setting(10.0, "Longest wait for a connection to upstream.")
     upstream_header_timeout_s: float = _setting(300.0, "Longest wait for the head of upstream's answer.")
     upstream_idle_s: float = _setting(0.0, "A stream silent for so long fails; 0 is never.")
+    owner_lease_s: float = _setting(6.0, "A process not heard of for so long has died; its runs are lost.")
+    idle_timeout_s: float = _setting(300.0, "A pushed run not heard of for so long is lost.")
+    held_max_bytes: int = _setting(
+        256 * 1024, "Accepted data bytes of a run kept to put back if the journal loses them."
+    )
+    held_total_max_bytes: int = _setting(64 * 1024 * 1024, "The same, of all runs of this process.")
+    held_s: float = _setting(10.0, "How long accepted frames are kept for that.")
+    rewind_grace_s: float = _setting(5.0, "How long readers wait for frames that the journal lost.")
+
+    webhook_url: str = _setting("", "Where the transcript of each run that ended is posted.")
+    webhook_secret: str = _setting("", "Signs what is posted: whsec_ and base64, as Standard Webhooks has it.")
+    webhook_allow_private: bool = _setting(False, "Post to loopback and private addresses too.")
+    webhook_timeout_s: float = _setting(15.0, "Longest wait for the receiver's answer.")
+    webhook_give_up_s: float = _setting(3 * 24 * 3600.0, "A run is delivered no more so long after its end.")
+    transcript_max_bytes: int = _setting(16 * 1024 * 1024, "Largest text of a transcript; the rest is cut.")
+
     abandon_s: float = _setting(600.0, "A raw run that nobody read for so long is cancelled; 0 is never.")
     max_run_s: float = _setting(24 * 3600.0, "A run is cancelled after so long; 0 is never.")
 

@@ -6,6 +6,7 @@ from relay.dialects.base import Dialect
 from relay.dialects.openai_chat import OpenAIChat, is_chunk
 from relay.dialects.raw import Raw
 from relay.frame import Event
+from relay.lifecycle import Ending
 
 RAW = Raw()
 OPENAI_CHAT = OpenAIChat()
@@ -22,3 +23,9 @@ def by_path(path: str) -> Dialect | None:
 def by_first_event(event: Event) -> Dialect:
     """The dialect of a stream that begins with this event; `raw` when it is not recognised."""
     return OPENAI_CHAT if is_chunk(event) else RAW
+
+
+def error_events(ending: Ending) -> dict[str, Event]:
+    """What each dialect that has a way to say so says of an answer that ended thus, by the dialect's name."""
+    said = ((name, dialect.error_event(ending)) for name, dialect in BY_NAME.items())
+    return {name: event for name, event in said if event is not None}
