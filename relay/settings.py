@@ -77,7 +77,7 @@ class Settings:
     rewind_grace_s: float = _setting(5.0, "How long readers wait for frames that the journal lost.")
 
     webhook_url: str = _setting("", "Where the transcript of each run that ended is posted.")
-    webhook_secret: str = _setting("", "Signs what is posted: whsec_ and base64, as Standard Webhooks has it.")
+    webhook_secret: str = _setting("", "Signs what is posted: whsec_ and base64, as in Standard Webhooks.")
     webhook_allow_private: bool = _setting(False, "Post to loopback and private addresses too.")
     webhook_timeout_s: float = _setting(15.0, "Longest wait for the receiver's answer.")
     webhook_give_up_s: float = _setting(3 * 24 * 3600.0, "A run is delivered no more so long after its end.")
