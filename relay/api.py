@@ -27,8 +27,8 @@ from relay.journal.base import Page, RunInfo, StreamInfo
 from relay.limits import PAGE_MAX_BYTES, PAGE_MAX_FRAMES, check_run_name, check_stream_name
 from relay.metrics import CONTENT_TYPE
 from relay.ndjson import NDJSON
-from relay.replay.reader import Reader, cursor_gone, ended_at
-from relay.replay.request import JSON, ReadRequest, read_limit, read_request
+from relay.replay.reader import Reader, cursor_gone, ended_at, read_presented
+from relay.replay.request import JSON, ReadRequest, read_limit, read_request, read_time
 from relay.replay.response import (
     CONNECTION,
     STREAMING_HEADERS,
@@ -41,6 +41,7 @@ from relay.replay.response import (
 from relay.replay.tail import WRITE_MAX_BYTES, Tail
 from relay.replay.view import View
 from relay.sse import EVENT_STREAM
+from relay.transcript import read_transcript
 
 if TYPE_CHECKING:
     from relay.app import App
@@ -66,7 +67,11 @@ class Api:
                 Route("/relay/v1/streams", self.streams),
                 Route("/relay/v1/streams/{stream}", self.stream),
                 Route("/relay/v1/streams/{stream}/events", EventsEndpoint(app), methods=["GET"]),
-                Route("/relay/v1/streams/{stream}/runs/{run}", self.run),
+                Route("/relay/v1/streams/{stream}/runs", self.runs, methods=["GET"]),
+                Route("/relay/v1/streams/{stream}/runs/{run}", self.run, methods=["GET"]),
+                Route("/relay/v1/streams/{stream}/runs/{run}/transcript", self.transcript),
+                Route("/relay/v1/runs", self.ended_runs),
+                Route("/relay/v1/diagnostics", self.diagnostics),
                 Route("/relay/healthz", self.healthz),
                 Route("/relay/readyz", self.readyz),
                 Route("/relay/metrics", self.metrics),
@@ -110,6 +115,46 @@ class Api:
         stream = check_stream_name(request.path_params["stream"])
         run = check_run_name(request.path_params["run"])
         return Json(run_object(stream, await self._app.journal.run(stream, run)))
+
+    async def runs(self, request: Request) -> Response:
+        """`GET /relay/v1/streams/{stream}/runs`: its runs, oldest first, paged with `after` and `limit`."""
+        stream = check_stream_name(request.path_params["stream"])
+        limit = read_limit(request.query_params, 100)
+        after = request.query_params.get("after", "")
+        infos = await self._app.journal.runs(stream, after and check_run_name(after), limit + 1)
+        page = infos[:limit]
+        return Json(
+            {
+                "runs": [run_object(stream, info) for info in page],
+                "after": page[-1].run if page else None,
+                "more": len(infos) > limit,
+            }
+        )
+
+    async def transcript(self, request: Request) -> Response:
+        """`GET /relay/v1/streams/{stream}/runs/{run}/transcript`: the text a reader could have been shown."""
+        stream = check_stream_name(request.path_params["stream"])
+        run = check_run_name(request.path_params["run"])
+        return Json(await read_transcript(self._app.journal, stream, run, self._app.settings))
+
+    async def ended_runs(self, request: Request) -> Response:
+        """`GET /relay/v1/runs`: runs of every stream in the order of their endings, paged."""
+        params = request.query_params
+        limit = read_limit(params, 100)
+        ended_after = read_time(params, "ended_after")
+        found = await self._app.journal.ended_runs(ended_after, params.get("after", ""), limit + 1)
+        page = found[:limit]
+        return Json(
+            {
+                "runs": [run_object(ended.stream, ended.info) for ended in page],
+                "after": page[-1].place if page else None,
+                "more": len(found) > limit,
+            }
+        )
+
+    async def diagnostics(self, request: Request) -> Response:
+        """`GET /relay/v1/diagnostics`: what this process holds open, and how what it held ended."""
+        return Json(self._app.diagnostics())
 
     async def healthz(self, request: Request) -> Response:
         """Alive, whatever else is wrong."""
@@ -295,7 +340,9 @@ class EventsEndpoint:
             start = info.extent.before_earliest if run is None else run.start
             position = info.extent.top if request.from_tail else start
             return position, await read(position, *bounds)
-        page = await read(cursor, *bounds)
+        page = await read_presented(
+            self._app.tails, info.stream, cursor, *bounds, may_come_back=bool(info.open_runs)
+        )
         standing = judge(cursor, page.extent, page.anchor_ms)
         if run is None or cursor.seq >= run.start.seq or not standing.same_life:
             return cursor, page
@@ -439,4 +486,7 @@ def run_object(stream: str, info: RunInfo) -> dict[str, Any]:
         "started": timestamp(info.started_ms),
         "ended": timestamp(info.ended_ms) if info.ended_ms else None,
         "metadata": orjson.loads(info.metadata) if info.metadata else None,
+        "heard": timestamp(max(info.heard_ms, info.last.ms)),
+        "idle_timeout_s": info.idle_timeout_s or None,
+        "superseded_by": info.superseded_by or None,
     }

@@ -1,6 +1,6 @@
 """The composition: one ASGI application out of journal, proxy, tails and readers.
 
-    upstream → Proxy → Pump → RunWriter → Journal → Tail → Reader → response
+upstream → Proxy → Pump → RunWriter → Journal → Tail → Reader → response
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ class App:
         self.check_room()
         after = answer.start if presented is None else presented
         # One frame is enough to judge by, and no more is held as long as the client stays.
-        page = await self.journal.read(answer.stream, after, 1, 1)
+        page = await read_presented(self.tails, answer.stream, after, 1, 1, may_come_back=not info.ended_ms)
         standing = judge(after, page.extent, page.anchor_ms)
         nothing_left = info.ended_ms and info.last_data <= after.seq
         if presented is not None and nothing_left and standing.same_life:

@@ -129,3 +129,16 @@ def ending(reason: Reason, error: str = "") -> Ending:
     else:
         text = encoded.decode()
     return Ending(status, reason, text)
+
+
+def diagram() -> str:
+    """The table as a Mermaid state diagram, every reason beside the transition that it stands for."""
+    reasons: dict[Status, list[str]] = {}
+    for reason, status in STATUS_OF.items():
+        reasons.setdefault(status, []).append(reason.value)
+    lines = ["stateDiagram-v2", f"    [*] --> {Status.OPEN}"]
+    for (before, act), after in TRANSITIONS.items():
+        said = [act.value.replace("_", " "), *reasons.get(after, [])]
+        lines.append(f"    {before} --> {after}: {'<br/>'.join(said)}")
+    lines += [f"    {status} --> [*]" for status in reasons]
+    return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +17,11 @@ from relay.lifecycle import (
     Reason,
     Status,
     allowed,
+    diagram,
     ending,
 )
 
+ARCHITECTURE = Path(__file__).parent.parent / "ARCHITECTURE.md"
 TERMINAL = [status for status in Status if status is not Status.OPEN]
 FAILURES = [reason for reason in Reason if STATUS_OF[reason] is Status.FAILED]
 ROOM = ERROR_MAX_BYTES - len(ERROR_CUT_MARK)
@@ -47,6 +51,19 @@ def test_every_terminal_state_is_reached_by_exactly_one_act():
 def test_appending_and_taking_over_keep_a_run_open():
     assert TRANSITIONS[Status.OPEN, Act.APPEND] is Status.OPEN
     assert TRANSITIONS[Status.OPEN, Act.TAKE_OVER] is Status.OPEN
+
+
+def test_the_diagram_in_the_architecture_is_drawn_from_the_table():
+    assert f"```mermaid\n{diagram()}\n```" in ARCHITECTURE.read_text()
+
+
+def test_the_diagram_shows_every_transition_and_every_reason():
+    lines = diagram().splitlines()
+    for (before, act), after in TRANSITIONS.items():
+        words = act.value.replace("_", " ")
+        assert any(line.strip().startswith(f"{before} --> {after}: {words}") for line in lines)
+    for reason, status in STATUS_OF.items():
+        assert any(f"--> {status}:" in line and reason.value in line for line in lines)
 
 
 def test_every_reason_has_one_status_and_it_is_terminal():

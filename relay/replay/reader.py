@@ -15,7 +15,7 @@ from relay.errors import CursorGone, JournalError, UnknownRun, UnknownStream
 from relay.frame import Frame
 from relay.journal.base import Page, RunInfo
 from relay.limits import PAGE_MAX_FRAMES
-from relay.replay.tail import WRITE_MAX_BYTES, Tail, Tails
+from relay.replay.tail import WRITE_MAX_BYTES, Patience, Tail, Tails
 from relay.replay.view import Chunk, View, chunk
 from relay.sse import encode_wire
 
@@ -78,6 +78,7 @@ class Reader:
         self._connected = False
         self._leaving: ReaderEnd | None = None
         self._sleep: asyncio.Future[None] | None = None
+        self._patience = Patience(tails)
 
     # From outside
 
@@ -113,8 +114,6 @@ class Reader:
         while True:
             if self._leaving is not None:
                 return self._leaving
-            if tail.deleted:
-                return ReaderEnd.DELETED
             if self.heartbeat_due:
                 self.heartbeat_due = False
                 await self._write(write, self.view.heartbeat(self.position))
@@ -128,22 +127,33 @@ class Reader:
                 if found is not None:
                     await self._pass_on(found, write)
                     continue
+                if tail.deleted:
+                    return ReaderEnd.DELETED
                 if tail.known and tail.top == self.position:
                     if tail.finished and self.view.run is None:
                         return ReaderEnd.ENDED
                     if not await self._say_live(write):
                         await self._wait(tail)
                     continue
+            if tail.deleted:
+                return ReaderEnd.DELETED
             try:
                 generation = tail.generation
                 page = await self._read_page()
-                self._generation = generation
             except UnknownStream:
+                if self._patience.waits_while(True):
+                    await self._wait(tail, JOURNAL_RETRY_S)
+                    continue
                 return ReaderEnd.DELETED
             except JournalError:
                 await self._wait(tail, JOURNAL_RETRY_S)
                 continue
-            if page.frames or self._standing(page) is not Standing.HERE:
+            standing = self._standing(page)
+            if self._patience.waits_while(standing is Standing.AHEAD):
+                await self._wait(tail, JOURNAL_RETRY_S)
+                continue
+            self._generation = generation
+            if page.frames or standing is not Standing.HERE:
                 self._page = page
                 del page  # or it would be held as long as the client does not take what is written of it
                 await self._show(write)
@@ -343,6 +353,20 @@ class Readers:
 
 class LossUntold(Exception):
     """Frames were lost to a reader that cannot be shown so in band: its connection must end."""
+
+
+async def read_presented(
+    tails: Tails, stream: str, cursor: Cursor, max_frames: int, max_bytes: int, *, may_come_back: bool
+) -> Page:
+    """The page after a cursor that a client presented. Frames that the journal lost and that writers may put
+    back (`may_come_back`) are waited for. Raises `UnknownStream`."""
+    patience = Patience(tails)
+    while True:
+        page = await tails.journal.read(stream, cursor, max_frames, max_bytes)
+        ahead = judge(cursor, page.extent, page.anchor_ms) is Standing.AHEAD
+        if not patience.waits_while(ahead and may_come_back):
+            return page
+        await asyncio.sleep(JOURNAL_RETRY_S)
 
 
 def ended_at(info: RunInfo) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from relay.cursor import RESUME_PREFIX, Cursor, ResumeId, parse_cursor, parse_resume_id
 from relay.errors import InvalidParameter, MalformedCursor, NotAcceptable
@@ -72,6 +73,23 @@ def read_limit(query: Mapping[str, str], default: int) -> int:
     if len(text) > 4 or not text.isascii() or not text.isdigit() or not 1 <= int(text) <= PAGE_MAX_FRAMES:
         raise InvalidParameter(f"'limit' is a number from 1 to {PAGE_MAX_FRAMES}.", parameter="limit")
     return int(text)
+
+
+def read_time(query: Mapping[str, str], name: str) -> int:
+    """An RFC 3339 time as milliseconds since 1970, 0 if it is not given; raises `InvalidParameter`."""
+    text = query.get(name)
+    if text is None:
+        return 0
+    try:
+        # A plus sign that was not escaped has become a space.
+        at = datetime.fromisoformat(text.replace(" ", "+"))
+    except ValueError:
+        at = datetime.min
+    if at.tzinfo is None:
+        raise InvalidParameter(
+            f"'{name}' is a time with its zone, such as 2026-01-31T12:00:00.000Z.", parameter=name
+        )
+    return round(at.timestamp() * 1000)
 
 
 def _cursor(text: str) -> Cursor | ResumeId:

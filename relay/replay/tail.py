@@ -50,6 +50,24 @@ class Sleeper(Protocol):
         """There is news. Must not block; may be called when awake."""
 
 
+class Patience:
+    """Waits for a journal that has less than was read from it. After a failover the writers put back what it
+    lost, under the same ids, and then nothing has happened to any reader."""
+
+    def __init__(self, tails: Tails) -> None:
+        self._tails = tails
+        self._behind_since: float | None = None
+
+    def waits_while(self, behind: bool) -> bool:
+        """Whether the journal is behind, and has not been for longer than `rewind_grace_s`."""
+        now = self._tails.now()
+        if not behind:
+            self._behind_since = None
+        elif self._behind_since is None:
+            self._behind_since = now
+        return behind and now - (self._behind_since or now) < self._tails.settings.rewind_grace_s
+
+
 class Tail:
     """The newest frames of one stream. `top` is the last id known here."""
 
@@ -77,6 +95,7 @@ class Tail:
         self._unsettled: list[tuple[Cursor, Sequence[Frame]]] = []
         self._doubted = False
         self._settling: asyncio.Task[None] | None = None
+        self._patience = Patience(tails)
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flushed_at = 0.0
         self.idle_timer: asyncio.TimerHandle | None = None
@@ -85,6 +104,15 @@ class Tail:
     def finished(self) -> bool:
         """Nothing more will come: sealed, and no run is open."""
         return self.known and self._sealed and not self._open_runs
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the stream is known to take no further run."""
+        return self._sealed
+
+    def run_is_open(self, run: str) -> bool | None:
+        """Whether a run is open, as far as the frames told; None while that is not known."""
+        return run in self._open_runs if self.known else None
 
     # What readers do
 
@@ -147,8 +175,15 @@ class Tail:
             self.doubt()
 
     def on_deleted(self) -> None:
-        """The stream is gone: readers are told and leave."""
-        self.deleted = True
+        """The stream is gone: readers take what is held here and leave."""
+        self.deleted = self._closed = True
+        if self._settling is not None:
+            self._settling.cancel()
+        self._wake()
+
+    def on_sealed(self) -> None:
+        """The stream takes no further run."""
+        self._sealed = True
         self._wake()
 
     def doubt(self) -> None:
@@ -170,9 +205,10 @@ class Tail:
                 self._doubted = False
                 try:
                     async with self._tails.page_slots:
-                        await self._read_journal()
-                except UnknownStream:
-                    self._lost()
+                        caught_up = await self._read_journal()
+                    if not caught_up:
+                        self._doubted = True
+                        await asyncio.sleep(RETRY_S)
                 except RelayError as error:
                     if pause_s == RETRY_S:
                         log.warning("stream=%s cannot be checked: %s", self.stream, error)
@@ -185,20 +221,30 @@ class Tail:
         for previous, frames in unsettled:
             self.on_frames(previous, frames)
 
-    async def _read_journal(self) -> None:
+    async def _read_journal(self) -> bool:
+        """Take what the journal has beyond the tail. False while it has less, and may get it back."""
         journal = self._tails.journal
-        if not self.known:
-            await self._restart(count=False)
-            return
-        self._unsettled.clear()  # What was told before the journal is asked is in its answer.
-        page = await journal.read(self.stream, self.top, PAGE_MAX_FRAMES, PAGE_MAX_BYTES)
+        try:
+            if not self.known:
+                await self._restart(count=False)
+                return True
+            self._unsettled.clear()  # What was told before the journal is asked is in its answer.
+            page = await journal.read(self.stream, self.top, PAGE_MAX_FRAMES, PAGE_MAX_BYTES)
+        except UnknownStream:
+            if self._patience.waits_while(self.known and self.top != ORIGIN):
+                return False
+            self._lost()
+            return True
         standing = judge(self.top, page.extent, page.anchor_ms)
+        if self._patience.waits_while(standing is Standing.AHEAD):
+            return False
         if standing is Standing.HERE and not page.more:
             if page.frames:
                 self._take(page.frames)
         else:
             # Too far behind to catch up in memory, or not the journal read before: begin anew at its end.
             await self._restart(count=not standing.same_life)
+        return True
 
     async def _restart(self, *, count: bool) -> None:
         self._unsettled.clear()
@@ -361,9 +407,16 @@ class Tails:
         """The journal's hint of a deletion. Who comes next gets a new tail."""
         tail = self._tails.pop(stream, None)
         if tail is not None:
-            tail.on_deleted()
-            self._discard(tail)
             self.journal.unwatch(stream)
+            tail.on_deleted()
+            if not tail.readers:
+                self._discard(tail)
+
+    def on_sealed(self, stream: str) -> None:
+        """The journal's hint that a stream was sealed."""
+        tail = self._tails.get(stream)
+        if tail is not None:
+            tail.on_sealed()
 
     def on_doubt(self, stream: str) -> None:
         """The journal cannot promise that nothing was missed."""
@@ -380,10 +433,13 @@ class Tails:
             return
         tops = await self.journal.tops([tail.stream for tail in quiet])
         for tail in quiet:
-            if tail.active_at <= horizon and (
-                not tail.known or tops.get(tail.stream, ORIGIN) != tail.top
-            ):
+            if tail.active_at > horizon:
+                continue
+            top, sealed = tops.get(tail.stream, (ORIGIN, False))
+            if not tail.known or top != tail.top:
                 tail.doubt()
+            elif sealed and not tail.sealed:
+                tail.on_sealed()
 
     # Holding
 
@@ -404,7 +460,11 @@ class Tails:
         """Give a tail back; `sleeper` waited for it."""
         tail.stop_waiting(sleeper)
         tail.readers -= 1
-        if tail.readers == 0 and not self._closed and self._tails.get(tail.stream) is tail:
+        if tail.readers or self._closed:
+            return
+        if tail.deleted:
+            self._discard(tail)
+        elif self._tails.get(tail.stream) is tail:
             tail.idle_timer = self.call_at(self.now() + LINGER_S, lambda: self._drop_idle(tail))
 
     def readers_of(self, stream: str) -> int:
