@@ -110,12 +110,16 @@ class Appended(NamedTuple):
 
 class Held(NamedTuple):
     """Frames of one append, as its writer still holds them: the id of the first, the producer sequence of the
-    first (0: this is `run.started`, and `events` is that frame), the events, their bytes of shown text."""
+    first (0: this is `run.started`, and `events` is that frame), the events, their bytes of shown text.
+    `error_event` and `ending` are as in `Append`, for the append that ended the run; their frames follow
+    those of the events, and the run ends again."""
 
     first: Cursor
     producer_seq: int
     events: Sequence[Event]
     text_bytes: int
+    error_event: Event | None = None
+    ending: Ending | None = None
 
 
 class TakenOver(NamedTuple):
