@@ -1,4 +1,4 @@
-"""The command line: `relay serve`, `relay demo`, `relay tail`, `relay ls`."""
+"""The command line: `relay serve` and `demo`, and what speaks to a running relay."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import click
+import orjson
 import uvloop
 
 from relay.app import App
-from relay.client import list_streams, tail_stream
+from relay.client import PushOptions, cancel_run, list_streams, push_run, show, tail_stream
 from relay.demo import sample_agent
 from relay.errors import RelayError, StartupError
 from relay.journal.base import Journal
 from relay.server import RelayServer, server
 from relay.settings import Settings
+
+_URL = click.option("--url", envvar="RELAY_URL", default="http://127.0.0.1:8080", show_default=True)
 
 
 def main() -> None:
@@ -79,7 +83,7 @@ def demo(port: int, journal: str) -> None:
 
 @cli.command()
 @click.argument("stream")
-@click.option("--url", envvar="RELAY_URL", default="http://127.0.0.1:8080", show_default=True)
+@_URL
 @click.option("--after", default="start", show_default=True, help="A cursor, 'start' or 'tail'.")
 @click.option("--run", default=None, help="One run only: its name, 'current' or 'latest'.")
 @click.option("--wait", default=0.0, help="Seconds to wait for a stream that does not exist yet.")
@@ -90,10 +94,60 @@ def tail(stream: str, url: str, after: str, run: str | None, wait: float, as_jso
 
 
 @cli.command()
-@click.option("--url", envvar="RELAY_URL", default="http://127.0.0.1:8080", show_default=True)
+@_URL
 def ls(url: str) -> None:
     """List the streams of a running relay."""
     _run(list_streams(url, click.echo))
+
+
+@cli.command()
+@click.argument("stream")
+@click.option("--run", default=None, help="Name of the run; relay push can be repeated under it.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("lines", "text", "ndjson")),
+    default="lines",
+    show_default=True,
+    help="What a frame is: a line, a piece of text as it comes, or an object {event, data} a line.",
+)
+@click.option("--event", default="", help="Event name of every frame; not with ndjson.")
+@click.option("--dialect", default=None, help="Payload format of the frames; detected otherwise.")
+@click.option("--supersedes", default=None, help="Run that this one replaces, or 'latest'.")
+@click.option("--if-busy", type=click.Choice(("allow", "reject", "supersede")), default=None)
+@click.option("--metadata", default=None, help="JSON kept with the run.")
+@_URL
+def push(stream: str, form: str, event: str, metadata: str | None, url: str, **opening: str | None) -> None:
+    """Make one run of standard input, frame by frame as it comes, and complete it at its end."""
+    given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
+    if metadata is not None:
+        try:
+            given["metadata"] = orjson.loads(metadata)
+        except orjson.JSONDecodeError as error:
+            raise click.BadParameter(f"not JSON: {error}", param_hint="--metadata") from None
+    options = PushOptions(form, event, given)
+    _run(push_run(url, stream, sys.stdin.buffer, options, partial(click.echo, err=True)))
+
+
+@cli.command()
+@click.argument("stream")
+@click.argument("run", required=False)
+@_URL
+def cancel(stream: str, run: str | None, url: str) -> None:
+    """Cancel a run, or the current one of a stream. What it said so far is kept."""
+    _run(cancel_run(url, stream, run, click.echo))
+
+
+@cli.command()
+@click.argument("stream")
+@click.argument("run", required=False)
+@click.option("--transcript", is_flag=True, help="The text of the run instead of its state.")
+@_URL
+def inspect(stream: str, run: str | None, transcript: bool, url: str) -> None:
+    """Print what relay knows of a stream and its runs, or of one run, as JSON."""
+    if transcript and run is None:
+        raise click.UsageError("--transcript needs a run: relay inspect STREAM RUN --transcript")
+    _run(show(url, stream, run, transcript, click.echo))
 
 
 def _run(work: Any) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+import codecs
+import contextlib
+import secrets
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import aiohttp
@@ -15,6 +20,20 @@ from relay.limits import check_stream_name
 from relay.ndjson import NDJSON
 
 RECONNECT_S = 1.0
+
+RETRY_S = 0.25
+RETRY_MAX_S = 5.0
+"""Pause before a request that relay could not take is made again; doubled up to the second one."""
+
+GIVE_UP_S = 300.0
+"""How long a pushed run waits for a relay that went away."""
+
+HEARTBEAT_S = 20
+"""How long one heartbeat waits to hear that the run is over."""
+
+BATCH_MAX_FRAMES = 1000
+BATCH_MAX_BYTES = 1024 * 1024
+READ_BYTES = 64 * 1024
 
 
 class Refused(RelayError):
@@ -52,7 +71,7 @@ async def tail_stream(
     """Print a stream's frames, one line each, until it ends; comes back after a cut, or a restart of relay,
     from its cursor. Raises `Refused` when relay cannot be reached at first, or does not serve the stream."""
     check_stream_name(stream)
-    route = f"{url.rstrip('/')}/relay/v1/streams/{quote(stream, safe='')}/events"
+    route = f"{_stream_route(url, stream)}/events"
     params = {"after": after, "wait": f"{wait_s:g}"} | ({} if run is None else {"run": run})
     headers = {"Accept": NDJSON}
     reached = False
@@ -79,6 +98,219 @@ async def tail_stream(
                     raise _unreachable(url, error) from None
                 # Cut: the cursor says where to go on.
             await asyncio.sleep(RECONNECT_S)
+
+
+async def show(url: str, stream: str, run: str | None, transcript: bool, echo: Callable[[str], Any]) -> None:
+    """Print what relay knows of a stream and its runs, or of one run, or a run's transcript, as JSON."""
+    check_stream_name(stream)
+    route = _stream_route(url, stream)
+    async with _session() as session:
+        if run is None:
+            found = await _get_json(session, route, {})
+            found["runs"] = []
+            page: dict[str, Any] = {"more": True, "after": ""}
+            while page["more"]:
+                page = await _get_json(session, f"{route}/runs", {"after": page["after"]})
+                found["runs"] += page["runs"]
+        else:
+            suffix = "/transcript" if transcript else ""
+            found = await _get_json(session, f"{route}/runs/{quote(run, safe='')}{suffix}", {})
+    echo(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
+
+
+async def cancel_run(url: str, stream: str, run: str | None, echo: Callable[[str], Any]) -> None:
+    """Cancel a run, or the current one of a stream, and print how it ended."""
+    check_stream_name(stream)
+    route = _stream_route(url, stream)
+    route += "/cancel" if run is None else f"/runs/{quote(run, safe='')}/cancel"
+    async with _session() as session:
+        try:
+            async with session.post(route) as response:
+                await _raise_for(response)
+                ended = await response.json(loads=orjson.loads)
+        except (aiohttp.ClientError, aiohttp.InvalidURL) as error:
+            raise _unreachable(url, error) from None
+    if ended["run"] is None:
+        echo("no run is open")
+    else:
+        echo(f"{ended['run']}\t{ended['status']}\t{ended['reason']}")
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """How standard input becomes a run. `form` is `lines`, `text` (as it comes) or `ndjson` (objects with
+    `data` and perhaps `event`); `event` names the events of the first two."""
+
+    form: str
+    event: str
+    opening: dict[str, Any]
+
+
+async def push_run(
+    url: str, stream: str, source: BinaryIO, options: PushOptions, echo: Callable[[str], Any]
+) -> None:
+    """Make one run of everything that `source` gives until its end, and complete it. Frames are numbered, so
+    that requests are made again until relay has taken them. Raises `Refused` when relay does not take the run
+    or ends it; a run that breaks off here ends `failed`."""
+    check_stream_name(stream)
+    async with _session() as session:
+        producer = _Producer(session, url, stream, options)
+        await producer.open()
+        echo(producer.run)
+        watching = asyncio.create_task(producer.watch())
+        pushing = asyncio.create_task(producer.push(_events(source, options)))
+        try:
+            await asyncio.wait((watching, pushing), return_when=asyncio.FIRST_COMPLETED)
+            if not pushing.done():
+                watching.result()  # raises: the run is over, or cannot be reached
+            await pushing
+        except Refused:
+            raise
+        except BaseException:
+            with contextlib.suppress(RelayError):
+                await producer.fail("relay push was interrupted")
+            raise
+        finally:
+            watching.cancel()
+            pushing.cancel()
+
+
+class _Producer:
+    """One pushed run."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, stream: str, options: PushOptions) -> None:
+        self.run = options.opening.get("run") or secrets.token_hex(12)
+        self._session = session
+        self._url = url
+        self._runs = f"{_stream_route(url, stream)}/runs"
+        self._options = options
+        self._writer = ""
+        self._next_seq = 1
+
+    async def open(self) -> None:
+        """Open the run; the name that we choose makes it safe to ask twice."""
+        opened = await self._post(self._runs, {}, json=self._options.opening | {"run": self.run})
+        if "writer" not in opened:
+            raise Refused(f"The run {self.run!r} has ended: {opened['status']}, {opened['reason']}.")
+        self._writer, self._next_seq = opened["writer"], opened["next_seq"]
+
+    async def push(self, batches: AsyncIterator[list[dict[str, Any]]]) -> None:
+        """Append every batch, then complete the run."""
+        async for batch in batches:
+            await self._append(batch, {})
+        await self._append([], {"end": "completed"})
+
+    async def watch(self) -> None:
+        """Keep the run from its idle timeout; raises `Refused` when it is over."""
+        while True:
+            state = await self._post(f"{self._runs}/{self.run}/heartbeat", {"wait": str(HEARTBEAT_S)})
+            if state["status"] == "completed":
+                return
+            if state["status"] != "open":
+                raise Refused(f"The run {self.run!r} has ended: {state['status']}, {state['reason']}.")
+
+    async def fail(self, error: str) -> None:
+        """End the run as one that its producer broke off. Asked once."""
+        body = {"status": "failed", "error": error}
+        with contextlib.suppress(aiohttp.ClientError, OSError):
+            await self._post_once(f"{self._runs}/{self.run}/end", {}, json=body)
+
+    async def _append(self, frames: list[dict[str, Any]], params: dict[str, str]) -> None:
+        headers = {"Relay-Seq": str(self._next_seq)}
+        answer = await self._post(f"{self._runs}/{self.run}/frames", params, json=frames, headers=headers)
+        self._next_seq = answer["next_seq"]
+
+    async def _post(self, route: str, params: dict[str, str], **request: Any) -> Any:
+        """Ask until there is an answer."""
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + (GIVE_UP_S if self._writer else 0)
+        pause_s = RETRY_S
+        while True:
+            try:
+                return await self._post_once(route, params, **request)
+            except (aiohttp.ClientError, OSError, _NotNow) as error:
+                if loop.time() >= give_up_at or isinstance(error, aiohttp.InvalidURL):
+                    raise error if isinstance(error, _NotNow) else _unreachable(self._url, error) from None
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, RETRY_MAX_S)
+
+    async def _post_once(self, route: str, params: dict[str, str], **request: Any) -> Any:
+        headers = {"Relay-Writer": self._writer} | request.pop("headers", {})
+        async with self._session.post(route, params=params, headers=headers, **request) as response:
+            if response.status == 503:
+                raise _NotNow("relay does not take the run now.")
+            await _raise_for(response)
+            return await response.json(loads=orjson.loads)
+
+
+class _NotNow(Refused):
+    """A refusal that time may change."""
+
+
+async def _events(source: BinaryIO, options: PushOptions) -> AsyncIterator[list[dict[str, Any]]]:
+    """What a source gives, as batches of events: everything that is there, as soon as it is there."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    partial = ""
+    async for data in _chunks(source):
+        text = decoder.decode(data, final=not data)
+        if options.form == "text":
+            texts = [text] if text else []
+        else:
+            *texts, partial = (partial + text).split("\n")
+            if not data and partial:
+                texts.append(partial)
+            texts = [line.removesuffix("\r") for line in texts]
+        events = [_event(text, options) for text in texts if text.strip() or options.form == "lines"]
+        for batch in _batches(events):
+            yield batch
+
+
+def _event(text: str, options: PushOptions) -> dict[str, Any]:
+    if options.form != "ndjson":
+        return {"event": options.event, "data": text}
+    try:
+        event = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        event = None
+    if not isinstance(event, dict):
+        raise Refused(f"Not a JSON object: {text[:80]!r}")
+    return event
+
+
+def _batches(events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    batches: list[list[dict[str, Any]]] = []
+    size = BATCH_MAX_BYTES
+    for event in events:
+        if size >= BATCH_MAX_BYTES or len(batches[-1]) >= BATCH_MAX_FRAMES:
+            batches.append([])
+            size = 0
+        batches[-1].append(event)
+        size += len(str(event.get("data", "")))
+    return batches
+
+
+async def _chunks(source: BinaryIO) -> AsyncIterator[bytes]:
+    """What a source gives, read by a thread of its own no faster than it is taken; empty at the end."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[bytes] = asyncio.Queue(1)
+
+    def read() -> None:
+        data = b" "
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody wants it any more
+            while data:
+                data = source.read1(READ_BYTES)  # type: ignore[attr-defined]
+                asyncio.run_coroutine_threadsafe(queue.put(data), loop).result()
+
+    threading.Thread(target=read, name="relay-push-stdin", daemon=True).start()
+    while True:
+        data = await queue.get()
+        yield data
+        if not data:
+            return
+
+
+def _stream_route(url: str, stream: str) -> str:
+    return f"{url.rstrip('/')}/relay/v1/streams/{quote(stream, safe='')}"
 
 
 def _unreachable(url: str, error: Exception) -> Refused:
@@ -127,7 +359,7 @@ async def _get_json(session: aiohttp.ClientSession, url: str, params: dict[str, 
 
 
 async def _raise_for(response: aiohttp.ClientResponse) -> None:
-    if response.status == 200:
+    if response.status in (200, 201):
         return
     body = await response.read()
     try:
