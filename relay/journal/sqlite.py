@@ -33,44 +33,59 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
 from relay.cursor import ORIGIN, Cursor, Extent
+from relay.dialects import detect
 from relay.errors import (
+    Diverged,
     Fenced,
     JournalError,
     JournalRefused,
     JournalUnavailable,
+    Rewound,
     RunEnded,
     RunExists,
     SequenceGap,
     StartupError,
+    StreamBusy,
     StreamSealed,
     UnknownRun,
     UnknownStream,
 )
-from relay.frame import CONTROL_EVENT, Event, Frame, run_ended, run_started
+from relay.frame import CONTROL_EVENT, Event, Frame, run_ended, run_started, run_superseded
 from relay.journal.base import (
     Append,
     Appended,
     Claim,
+    Delivery,
+    Ended,
+    EndedRun,
     Follower,
+    Held,
     Opened,
     Page,
+    Renewal,
     RunInfo,
     RunOpening,
+    RunOwner,
+    RunState,
+    StreamChange,
     StreamInfo,
+    StreamTop,
+    TakenOver,
 )
-from relay.lifecycle import TRANSITIONS, Act, Ending, Status, allowed
+from relay.lifecycle import TRANSITIONS, Act, Ending, Reason, Status, allowed, ending
 from relay.limits import Retention
 
 T = TypeVar("T")
 
 APPLICATION_ID = 0x524C5931  # "RLY1": tells a relay journal from another program's database.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 READ_THREADS = 2
 BUSY_TIMEOUT_S = 5.0
@@ -87,6 +102,8 @@ CACHE_MAX_ROWS = 16 * 1024
 """Streams and runs cached before a group begins; the group can only add as many as it has operations."""
 ROWS_AT_ONCE = (256, 64, 16, 4, 1)
 """Rows of the prepared statements that write many, so that any number of rows takes few steps."""
+RUNS_AFTER_MAX = 64
+"""Names in `Opened.runs_after`."""
 MIN_SQLITE = (3, 33, 0)
 """The first with UPDATE FROM; it also takes the variables of 256 rows."""
 
@@ -97,17 +114,27 @@ CREATE TABLE streams (
     last_data INTEGER NOT NULL, bytes_held INTEGER NOT NULL, runs INTEGER NOT NULL, latest_run TEXT NOT NULL,
     sealed INTEGER NOT NULL, max_frames INTEGER NOT NULL, max_bytes INTEGER NOT NULL,
     retention_s INTEGER NOT NULL);
+-- Apart from streams and runs, whose rows are rewritten with every append.
+CREATE TABLE stream_texts (stream_id INTEGER PRIMARY KEY, metadata TEXT NOT NULL);
+CREATE TABLE run_texts (
+    run_id INTEGER PRIMARY KEY, metadata TEXT NOT NULL, answer TEXT NOT NULL, opened TEXT NOT NULL);
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, stream_id INTEGER NOT NULL, name TEXT NOT NULL,
     writer TEXT NOT NULL, token TEXT NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL,
     error TEXT NOT NULL, dialect TEXT NOT NULL, start_seq INTEGER NOT NULL, start_ms INTEGER NOT NULL,
     last_seq INTEGER NOT NULL, last_ms INTEGER NOT NULL, last_data INTEGER NOT NULL,
-    frames INTEGER NOT NULL, text_bytes INTEGER NOT NULL, started_ms INTEGER NOT NULL,
-    ended_ms INTEGER NOT NULL, UNIQUE (stream_id, name));
+    frames INTEGER NOT NULL, extra INTEGER NOT NULL, text_bytes INTEGER NOT NULL, started_ms INTEGER NOT NULL,
+    ended_ms INTEGER NOT NULL, ended_no INTEGER NOT NULL, owner TEXT NOT NULL, idle_ms INTEGER NOT NULL,
+    max_run_ms INTEGER NOT NULL, heard_ms INTEGER NOT NULL, due_ms INTEGER NOT NULL,
+    superseded_by TEXT NOT NULL, deliver INTEGER NOT NULL DEFAULT 0, tries INTEGER NOT NULL DEFAULT 0,
+    next_try_ms INTEGER NOT NULL DEFAULT 0, UNIQUE (stream_id, name));
+CREATE INDEX runs_in_order ON runs (stream_id);
 CREATE INDEX runs_open ON runs (stream_id) WHERE status = 'open';
+CREATE INDEX runs_due ON runs (due_ms) WHERE status = 'open' AND due_ms > 0;
+CREATE INDEX runs_ended ON runs (ended_ms, ended_no) WHERE ended_no > 0;
+CREATE INDEX runs_undelivered ON runs (stream_id, start_seq) WHERE deliver = 1;
+CREATE INDEX runs_to_deliver ON runs (next_try_ms) WHERE deliver = 1 AND status <> 'open';
 CREATE INDEX runs_token ON runs (token) WHERE token <> '';
--- Apart from runs, whose rows are rewritten with every append.
-CREATE TABLE run_texts (run_id INTEGER PRIMARY KEY, metadata TEXT NOT NULL, answer TEXT NOT NULL);
 CREATE TABLE frames (
     stream_id INTEGER NOT NULL, seq INTEGER NOT NULL, ms INTEGER NOT NULL, run_id INTEGER NOT NULL,
     event TEXT NOT NULL, data BLOB NOT NULL, PRIMARY KEY (stream_id, seq)) WITHOUT ROWID;
@@ -125,22 +152,30 @@ PRAGMA user_version = {SCHEMA_VERSION};
 """
 
 # A stream is gone once retention_s has passed since its last append, removed or not.
-_LIVE = "(retention_s = 0 OR last_ms + retention_s * 1000 >= :now)"
+_LIVE = "(streams.retention_s = 0 OR streams.last_ms + streams.retention_s * 1000 >= :now)"
 _STREAM_COLUMNS = (
     "id, name, created_ms, earliest_seq, last_seq, last_ms, last_data, bytes_held, runs, latest_run, sealed, "
     "max_frames, max_bytes, retention_s"
 )
 _RUN_COLUMNS = (
-    "runs.id, name, writer, token, status, reason, error, dialect, start_seq, start_ms, last_seq, last_ms, "
-    "last_data, frames, text_bytes, started_ms, ended_ms"
+    "runs.id, runs.name, writer, token, status, reason, error, dialect, start_seq, start_ms, runs.last_seq, "
+    "runs.last_ms, runs.last_data, frames, extra, text_bytes, started_ms, ended_ms, ended_no, owner, "
+    "idle_ms, max_run_ms, heard_ms, due_ms, superseded_by"
+)
+_INSERT_RUN = (
+    "INSERT INTO runs (stream_id, name, writer, token, status, reason, error, dialect, start_seq, start_ms, "
+    "last_seq, last_ms, last_data, frames, extra, text_bytes, started_ms, ended_ms, ended_no, owner, "
+    f"idle_ms, max_run_ms, heard_ms, due_ms, superseded_by, deliver) VALUES ({', '.join('?' * 26)})"
 )
 _FRAME_COLUMNS = 6
 _INSERT_FRAMES = "INSERT INTO frames VALUES {rows}"
-# The columns that change, in the order of `_Stream.changes` and `_Run.changes`.
+# The columns that change, in the order of `_Stream.changes`, `_Run.progress` and `_Run.turns`.
 _CHANGING_STREAM = ("earliest_seq", "last_seq", "last_ms", "last_data", "bytes_held", "runs", "latest_run")
-_CHANGING_RUN = (
-    *("status", "reason", "error", "dialect", "last_seq", "last_ms", "last_data"),
-    *("frames", "text_bytes", "ended_ms"),
+_PROGRESS_OF_RUN = ("last_seq", "last_ms", "last_data", "frames", "text_bytes")
+# Apart from the progress, so that an append touches no index.
+_TURNS_OF_RUN = (
+    *("status", "reason", "error", "dialect", "writer", "owner", "idle_ms", "heard_ms", "due_ms"),
+    *("superseded_by", "extra", "ended_ms", "ended_no"),
 )
 
 
@@ -150,7 +185,8 @@ def _update(table: str, columns: Sequence[str]) -> str:
 
 
 _UPDATE_STREAMS = _update("streams", _CHANGING_STREAM)
-_UPDATE_RUNS = _update("runs", _CHANGING_RUN)
+_UPDATE_PROGRESS = _update("runs", _PROGRESS_OF_RUN)
+_UPDATE_TURNS = _update("runs", _TURNS_OF_RUN)
 
 
 @cache
@@ -192,9 +228,20 @@ class _Run:
     last_ms: int
     last_data: int
     frames: int
+    extra: int
+    """Its frames that are not in `frames`: control frames, and what relay itself says in an ending."""
     text_bytes: int
     started_ms: int
-    ended_ms: int
+    ended_ms: int = 0
+    ended_no: int = 0
+    """The number of its ending among all endings of the journal; 0: open."""
+    owner: str = ""
+    idle_ms: int = 0
+    max_run_ms: int = 0
+    heard_ms: int = 0
+    due_ms: int = 0
+    """When to look whether it is due, at the latest; 0: never. Appends do not move it."""
+    superseded_by: str = ""
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> _Run:
@@ -202,17 +249,54 @@ class _Run:
         run.status = Status(run.status)
         return run
 
-    def changes(self) -> tuple[Any, ...]:
-        state = (self.status.value, self.reason, self.error, self.dialect)
-        last = (self.last_seq, self.last_ms, self.last_data)
-        return (self.id, *state, *last, self.frames, self.text_bytes, self.ended_ms)
+    @property
+    def last(self) -> Cursor:
+        return Cursor(self.last_seq, self.last_ms)
+
+    def idle_from(self, reachable_since_ms: int = 0) -> int:
+        return max(self.last_ms, self.heard_ms, reachable_since_ms)
+
+    def when_due(self, reachable_since_ms: int = 0) -> int:
+        """When the idle timeout or the greatest age is reached, if nothing is heard of it; 0: never."""
+        if self.owner:
+            return 0
+        idle = [self.idle_from(reachable_since_ms) + self.idle_ms] if self.idle_ms else []
+        old = [self.started_ms + self.max_run_ms] if self.max_run_ms else []
+        return min(idle + old, default=0)
+
+    def row(self) -> tuple[Any, ...]:
+        """What `_INSERT_RUN` takes after the stream's id, but for `deliver`."""
+        identity = (
+            self.name,
+            self.writer,
+            self.token,
+            self.status.value,
+            self.reason,
+            self.error,
+            self.dialect,
+        )
+        place = (self.start_seq, self.start_ms, self.last_seq, self.last_ms, self.last_data)
+        counts = (self.frames, self.extra, self.text_bytes, self.started_ms, self.ended_ms, self.ended_no)
+        life = (self.owner, self.idle_ms, self.max_run_ms, self.heard_ms, self.due_ms, self.superseded_by)
+        return (*identity, *place, *counts, *life)
+
+    def progress(self) -> tuple[Any, ...]:
+        return (self.id, self.last_seq, self.last_ms, self.last_data, self.frames, self.text_bytes)
+
+    def turns(self) -> tuple[Any, ...]:
+        state = (self.status.value, self.reason, self.error, self.dialect, self.writer)
+        life = (self.owner, self.idle_ms, self.heard_ms, self.due_ms, self.superseded_by, self.extra)
+        return (self.id, *state, *life, self.ended_ms, self.ended_no)
+
+    def state(self) -> RunState:
+        return RunState(self.status, self.reason, self.writer, self.last)
 
     def info(self, metadata: str, answer: str) -> RunInfo:
         return RunInfo(
             run=self.name,
             status=self.status,
             start=Cursor(self.start_seq, self.start_ms),
-            last=Cursor(self.last_seq, self.last_ms),
+            last=self.last,
             last_data=self.last_data,
             frames=self.frames,
             text_bytes=self.text_bytes,
@@ -224,6 +308,10 @@ class _Run:
             metadata=metadata,
             answer=answer,
             token=self.token,
+            owner=self.owner,
+            idle_timeout_s=self.idle_ms / 1000,
+            heard_ms=self.idle_from(),
+            superseded_by=self.superseded_by,
         )
 
 
@@ -245,6 +333,9 @@ class _Stream:
     max_frames: int
     max_bytes: int
     retention_s: int
+    keep_from: int = 0
+    """The first frame of the earliest run whose end is still to be delivered; 0: there is none. Known to the
+    writing thread only."""
     cached_runs: dict[str, _Run] = field(default_factory=dict)
 
     @property
@@ -262,7 +353,7 @@ class _Stream:
         last = (self.last_seq, self.last_ms, self.last_data)
         return (self.id, self.earliest_seq, *last, self.bytes_held, self.runs, self.latest_run)
 
-    def info(self, open_runs: Sequence[str]) -> StreamInfo:
+    def info(self, open_runs: Sequence[str], metadata: str) -> StreamInfo:
         return StreamInfo(
             stream=self.name,
             extent=self.extent,
@@ -273,18 +364,45 @@ class _Stream:
             runs=self.runs,
             bytes_held=self.bytes_held,
             retention=Retention(self.max_frames, self.max_bytes, self.retention_s),
+            metadata=metadata,
             active_ms=self.last_ms,
         )
 
 
-class _Notice(NamedTuple):
-    """What the follower is to hear once it is committed. `previous` is None for a deletion."""
+class _Journaled(NamedTuple):
+    """Events of one run that were journaled after `previous`."""
 
     stream: str
-    previous: Cursor | None = None
-    ms: int = 0
-    run: str = ""
-    events: Sequence[Event] = ()
+    previous: Cursor
+    ms: int
+    run: str
+    events: Sequence[Event]
+
+    def frames(self) -> list[Frame]:
+        return [
+            Frame(seq, self.ms, self.run, event, data)
+            for seq, (event, data) in enumerate(self.events, self.previous.seq + 1)
+        ]
+
+
+class _Sealed(NamedTuple):
+    stream: str
+
+
+class _Deleted(NamedTuple):
+    stream: str
+
+
+class _RunOver(NamedTuple):
+    """A run was ended or taken over by somebody else than its owner."""
+
+    stream: str
+    run: str
+    owner: str
+
+
+_Notice = _Journaled | _Sealed | _Deleted | _RunOver
+"""What is to be told once it is committed."""
 
 
 @dataclass(slots=True)
@@ -316,8 +434,8 @@ class SqliteJournal:
         self._writer: _Writer | None = None
         self._readers: _Readers | None = None
 
-    async def start(self, follower: Follower) -> None:
-        # Blocks the loop on purpose: nothing is served before it returns.
+    async def start(self, follower: Follower, owner: RunOwner | None = None) -> None:
+        # Opening blocks the loop on purpose: nothing is served before it returns.
         self._loop = asyncio.get_running_loop()
         self._follower = follower
         self._watched.clear()
@@ -329,7 +447,16 @@ class SqliteJournal:
             raise
         self._lock = lock
         self._readers = _Readers(self.path)
-        self._writer = _Writer(_Store(db, self._clock_ms), self._loop, self._watched, follower)
+        self._writer = _Writer(_Store(db, self._clock_ms), self._loop, self._watched, follower, owner)
+        try:
+            await self._write("", self._writer.store.end_orphans, owner.name if owner else "")
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, JournalError):
+                raise StartupError(
+                    f"The journal {self.path} cannot be written: {error.detail} Make room, or mend the disk."
+                ) from error
+            raise
 
     async def close(self) -> None:
         writer, readers, lock = self._writer, self._readers, self._lock
@@ -346,42 +473,119 @@ class SqliteJournal:
         # A cancelled close goes on in its thread: the lock is not kept by accident.
         await asyncio.to_thread(shut)
 
+    # Streams
+
+    async def put_stream(self, stream: str, retention: Retention, change: StreamChange) -> bool:
+        return await self._write(stream, self._store.put_stream, stream, retention, change)
+
+    async def seal(self, stream: str) -> None:
+        await self._write(stream, self._store.seal, stream)
+
+    async def trim(self, stream: str, before_seq: int) -> None:
+        await self._write(stream, self._store.trim, stream, before_seq)
+
+    async def delete(self, stream: str) -> None:
+        await self._write(stream, self._store.delete, stream)
+
+    # Runs
+
     async def open_run(self, opening: RunOpening) -> Opened:
         metadata = orjson.loads(opening.metadata) if opening.metadata else None
-        writer = self._writing()
-        open_run = partial(writer.store.open_run, opening, metadata)
-        return await writer.submit(opening.stream, open_run, size=len(opening.metadata) + len(opening.answer))
+        return await self._write(opening.stream, self._store.open_run, opening, metadata)
 
     async def append(self, batch: Append) -> Appended:
         writer = self._writing()
         size = sum(len(event.data) for event in batch.events)
         return await writer.submit(batch.stream, partial(writer.store.append, batch), pure=True, size=size)
 
-    async def read(self, stream: str, after: Cursor, max_frames: int, max_bytes: int) -> Page:
-        return await self._reading().run(_read_page, self._clock_ms(), stream, after, max_frames, max_bytes)
+    async def restore(self, opening: RunOpening, held: Held) -> None:
+        await self._write(opening.stream, self._store.restore, opening, held)
 
-    async def describe(self, stream: str) -> StreamInfo:
-        return await self._reading().run(_describe, self._clock_ms(), stream)
+    async def take_over(self, stream: str, run: str, writer: str, idle_timeout_s: float) -> TakenOver:
+        return await self._write(stream, self._store.take_over, stream, run, writer, _ms(idle_timeout_s))
+
+    async def hear_of(self, stream: str, run: str, writer: str) -> RunState:
+        hear_of = partial(self._store.hear_of, stream, run, writer)
+        return await self._writing().submit(stream, hear_of, pure=True)
+
+    async def end_run(
+        self, stream: str, run: str, ending: Ending, error_events: Mapping[str, Event], *, owner: str = ""
+    ) -> Ended:
+        return await self._write(stream, self._store.end_run, stream, run, ending, error_events, owner)
 
     async def run(self, stream: str, run: str) -> RunInfo:
-        return await self._reading().run(_read_run, self._clock_ms(), stream, run)
+        return await self._read(_read_run, stream, run)
+
+    async def runs(self, stream: str, after: str, limit: int) -> Sequence[RunInfo]:
+        return await self._read(_list_runs, stream, after, limit)
+
+    async def states(self, runs: Sequence[tuple[str, str]]) -> Sequence[RunState | None]:
+        return await self._read(_read_states, list(runs))
+
+    # Liveness. The file belongs to one process: another's runs are ended by `start`, and there is no lease.
+
+    async def renew(self, owner: str, lease_s: float) -> Renewal:
+        return Renewal(True, self._clock_ms())
+
+    async def resign(self, owner: str) -> None:
+        pass
+
+    async def lapsed_owners(self) -> Sequence[str]:
+        return ()
+
+    async def owned(self, owner: str, limit: int) -> Sequence[tuple[str, str]]:
+        return ()
+
+    async def due_runs(self, limit: int) -> Sequence[tuple[str, str]]:
+        return await self._read(_list_due, limit)
+
+    async def end_due(
+        self,
+        stream: str,
+        run: str,
+        reachable_since_ms: int,
+        error_events: Mapping[Reason, Mapping[str, Event]],
+    ) -> Ended | None:
+        return await self._write(stream, self._store.end_due, stream, run, reachable_since_ms, error_events)
+
+    async def file_ending(self, stream: str, run: str) -> None:
+        """Nothing is left to do: a run, its place in the indexes and its delivery are one row."""
+
+    async def reindex(self, after: str, limit: int) -> str:
+        return ""
+
+    async def ended_runs(self, ended_after_ms: int, after: str, limit: int) -> Sequence[EndedRun]:
+        return await self._read(_list_ended, ended_after_ms, after, limit)
+
+    # Delivery of endings
+
+    async def claim_deliveries(self, limit: int, lease_s: float) -> Sequence[Delivery]:
+        return await self._write("", self._store.claim_deliveries, limit, _ms(lease_s))
+
+    async def settle_delivery(self, stream: str, run: str) -> None:
+        await self._write(stream, self._store.settle_delivery, stream, run)
+
+    async def postpone_delivery(self, stream: str, run: str, delay_s: float) -> None:
+        await self._write(stream, self._store.postpone_delivery, stream, run, _ms(delay_s))
+
+    # Reading
+
+    async def read(self, stream: str, after: Cursor, max_frames: int, max_bytes: int) -> Page:
+        return await self._read(_read_page, stream, after, max_frames, max_bytes)
+
+    async def describe(self, stream: str) -> StreamInfo:
+        return await self._read(_describe, stream)
 
     async def streams(self, after: str, limit: int) -> Sequence[StreamInfo]:
-        return await self._reading().run(_list_streams, self._clock_ms(), after, limit)
+        return await self._read(_list_streams, after, limit)
 
-    async def tops(self, streams: Sequence[str]) -> Mapping[str, Cursor]:
-        return await self._reading().run(_read_tops, self._clock_ms(), list(streams))
-
-    async def trim(self, stream: str, before_seq: int) -> None:
-        writer = self._writing()
-        await writer.submit(stream, partial(writer.store.trim, stream, before_seq))
-
-    async def delete(self, stream: str) -> None:
-        writer = self._writing()
-        await writer.submit(stream, partial(writer.store.delete, stream))
+    async def tops(self, streams: Sequence[str]) -> Mapping[str, StreamTop]:
+        return await self._read(_read_tops, list(streams))
 
     async def resolve_token(self, token: str) -> tuple[str, str] | None:
-        return await self._reading().run(_resolve_token, self._clock_ms(), token)
+        return await self._read(_resolve_token, token)
+
+    # Following
 
     def watch(self, stream: str) -> None:
         self._watched.add(stream)
@@ -393,25 +597,20 @@ class SqliteJournal:
     async def watchers(self, stream: str) -> int:
         return int(stream in self._watched)  # A file has one process.
 
+    # Idempotency keys
+
     async def claim(self, key: str, body_digest: str, owner: str, lease_s: float, keep_s: float) -> Claim:
-        writer = self._writing()
-        lease_ms, keep_ms = round(lease_s * 1000), round(keep_s * 1000)
-        return await writer.submit(
-            "", partial(writer.store.claim, key, body_digest, owner, lease_ms, keep_ms)
-        )
+        return await self._write("", self._store.claim, key, body_digest, owner, _ms(lease_s), _ms(keep_s))
 
     async def settle(self, key: str, owner: str, stream: str, run: str) -> None:
-        writer = self._writing()
-        await writer.submit("", partial(writer.store.settle, key, owner, stream, run))
+        await self._write("", self._store.settle, key, owner, stream, run)
 
     async def release(self, key: str, owner: str) -> None:
-        writer = self._writing()
-        await writer.submit("", partial(writer.store.release, key, owner))
+        await self._write("", self._store.release, key, owner)
 
     async def sweep(self) -> None:
         """Remove some of what has expired now, as is done every `SWEEP_EVERY_S` without being asked."""
-        writer = self._writing()
-        await writer.submit("", writer.store.sweep)
+        await self._write("", self._store.sweep)
 
     @property
     def commits(self) -> int:
@@ -427,23 +626,36 @@ class SqliteJournal:
             raise JournalUnavailable("The journal is closed.")
         return self._writer
 
-    def _reading(self) -> _Readers:
+    @property
+    def _store(self) -> _Store:
+        return self._writing().store
+
+    async def _write(self, stream: str, operation: Callable[..., T], *arguments: Any) -> T:
+        return await self._writing().submit(stream, partial(operation, *arguments))
+
+    async def _read(self, query: Callable[..., T], *arguments: Any) -> T:
         if self._readers is None:
             raise JournalUnavailable("The journal is closed.")
-        return self._readers
+        return await self._readers.run(query, self._clock_ms(), *arguments)
 
 
 class _Writer:
     """The writing thread. Its queue needs no bound: it holds one operation of each waiting caller."""
 
     def __init__(
-        self, store: _Store, loop: asyncio.AbstractEventLoop, watched: set[str], follower: Follower
+        self,
+        store: _Store,
+        loop: asyncio.AbstractEventLoop,
+        watched: set[str],
+        follower: Follower,
+        owner: RunOwner | None,
     ) -> None:
         self.store = store
         self.commits = 0
         self._loop = loop
         self._watched = watched
         self._follower = follower
+        self._owner = owner
         self._queue: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="relay-sqlite-writer", daemon=True)
@@ -493,9 +705,7 @@ class _Writer:
 
     def _settle(self, group: list[_Operation]) -> None:
         """Run a group, then answer its callers, whatever happened."""
-        notices = self._commit(group)
-        # Looked up after the commit: whoever watches later than this reads the journal later than this.
-        news = [(notice, _frames(notice)) for notice in notices if notice.stream in self._watched]
+        news = [tell for notice in self._commit(group) if (tell := self._news(notice)) is not None]
         try:
             self._loop.call_soon_threadsafe(self._answer, group, news)
         except RuntimeError:
@@ -521,7 +731,27 @@ class _Writer:
         self.commits += 1
         return store.take_notices()
 
-    def _answer(self, group: list[_Operation], news: list[tuple[_Notice, list[Frame]]]) -> None:
+    def _news(self, notice: _Notice) -> Callable[[], None] | None:
+        """How to tell of it on the loop's thread; None when nobody here is to hear of it."""
+        stream, follower, owner = notice.stream, self._follower, self._owner
+        if isinstance(notice, _RunOver):
+            if owner is None or notice.owner != owner.name:
+                return None
+            return partial(owner.on_run_over, stream, notice.run)
+        # Looked up after the commit: whoever watches later than this reads the journal later than this.
+        if stream not in self._watched:
+            return None
+        if isinstance(notice, _Journaled):
+            return self._if_watched(
+                stream, partial(follower.on_frames, stream, notice.previous, notice.frames())
+            )
+        tell = follower.on_sealed if isinstance(notice, _Sealed) else follower.on_deleted
+        return self._if_watched(stream, partial(tell, stream))
+
+    def _if_watched(self, stream: str, tell: Callable[[], None]) -> Callable[[], None]:
+        return lambda: tell() if stream in self._watched else None
+
+    def _answer(self, group: list[_Operation], news: list[Callable[[], None]]) -> None:
         for operation in group:
             future = operation.future
             if future is None or future.done():  # Cancelled: the operation has happened all the same.
@@ -530,13 +760,8 @@ class _Writer:
                 future.set_result(operation.result)
             else:
                 future.set_exception(operation.error)
-        for notice, frames in news:
-            if notice.stream not in self._watched:
-                continue
-            if notice.previous is None:
-                self._follower.on_deleted(notice.stream)
-            else:
-                self._follower.on_frames(notice.stream, notice.previous, frames)
+        for tell in news:
+            tell()
 
 
 class _Store:
@@ -549,7 +774,10 @@ class _Store:
         self._cached = 0
         self._rows: list[Any] = []
         self._changed_streams: dict[int, _Stream] = {}
-        self._changed_runs: dict[int, _Run] = {}
+        self._moved_runs: dict[int, _Run] = {}
+        self._turned_runs: dict[int, _Run] = {}
+        self._answers: dict[int, str] = {}
+        (self._endings,) = db.execute("SELECT coalesce(max(ended_no), 0) FROM runs").fetchone()
         self._notices: list[_Notice] = []
         self.unswept = True
         """Whether a sweep is due at once: after a start, a deletion, and a sweep that left something."""
@@ -596,9 +824,19 @@ class _Store:
         streams = [value for stream in self._changed_streams.values() for value in stream.changes()]
         self._write(_UPDATE_STREAMS, 1 + len(_CHANGING_STREAM), streams)
         self._changed_streams.clear()
-        runs = [value for run in self._changed_runs.values() for value in run.changes()]
-        self._write(_UPDATE_RUNS, 1 + len(_CHANGING_RUN), runs)
-        self._changed_runs.clear()
+        moved = [value for run in self._moved_runs.values() for value in run.progress()]
+        self._write(_UPDATE_PROGRESS, 1 + len(_PROGRESS_OF_RUN), moved)
+        self._moved_runs.clear()
+        turned = [value for run in self._turned_runs.values() for value in run.turns()]
+        self._write(_UPDATE_TURNS, 1 + len(_TURNS_OF_RUN), turned)
+        self._turned_runs.clear()
+        for answer in self._answers.items():
+            self._db.execute(
+                "INSERT INTO run_texts VALUES (?, '', ?, '') "
+                "ON CONFLICT (run_id) DO UPDATE SET answer = excluded.answer",
+                answer,
+            )
+        self._answers.clear()
 
     def _write(self, sql: str, columns: int, values: list[Any]) -> None:
         """Run a statement that takes rows, given one after the other in `values`, in few steps."""
@@ -629,102 +867,282 @@ class _Store:
     def close(self) -> None:
         self._db.close()
 
-    # Operations.
+    # Operations on streams.
+
+    def put_stream(self, name: str, retention: Retention, change: StreamChange) -> bool:
+        now = self._clock_ms()
+        stream = self._clear_of_expired(name, now)
+        created = stream is None
+        if stream is None:
+            stream = self._create(name, retention, now)
+        bounds = (change.max_frames, change.max_bytes, change.retention_s)
+        held = (stream.max_frames, stream.max_bytes, stream.retention_s)
+        stream.max_frames, stream.max_bytes, stream.retention_s = (
+            old if new is None else new for old, new in zip(held, bounds, strict=True)
+        )
+        self._db.execute(
+            "UPDATE streams SET max_frames = ?, max_bytes = ?, retention_s = ? WHERE id = ?",
+            (stream.max_frames, stream.max_bytes, stream.retention_s, stream.id),
+        )
+        if change.metadata is not None:
+            self._db.execute(
+                "INSERT OR REPLACE INTO stream_texts VALUES (?, ?)", (stream.id, change.metadata)
+            )
+        self._changed_streams[stream.id] = stream
+        return created
+
+    def seal(self, name: str) -> None:
+        self._seal(self._known_stream(name, self._clock_ms()))
+
+    def trim(self, name: str, before_seq: int) -> None:
+        stream = self._known_stream(name, self._clock_ms())
+        self._drop(stream, min(before_seq, stream.last_seq + 1))
+
+    def delete(self, name: str) -> None:
+        now = self._clock_ms()
+        stream = self._clear_of_expired(name, now)
+        if stream is None:
+            return
+        for run in self._open_runs(stream):
+            self._end(stream, run, ending(Reason.STREAM_DELETED), {}, now)
+        self._bury(stream, now)
+
+    # Operations on runs.
 
     def open_run(self, opening: RunOpening, metadata: Any) -> Opened:
         now = self._clock_ms()
-        stream = self._find_stream(opening.stream)
-        if stream is not None and stream.expired(now):
-            self._bury(stream, now)
-            stream = None
+        stream = self._clear_of_expired(opening.stream, now)
         if stream is not None:
-            run = self._find_run(stream, opening.run)
-            if run is not None:
-                if run.writer != opening.writer:
+            known = self._find_run(stream, opening.run)
+            if known is not None:
+                if known.writer != opening.writer:
                     raise RunExists(f"The stream has a run '{opening.run}' already.")
-                start = Cursor(run.start_seq, run.start_ms)
-                return Opened(start, Cursor(run.start_seq + 1, run.started_ms))
+                return self._opened(known)
             if stream.sealed:
                 raise StreamSealed("The stream takes no further run.")
-        else:
-            stream = self._create(opening, now)
-        data = run_started(opening.run, opening.dialect or None, metadata)
+        superseded = self._to_supersede(stream, opening)
+        if stream is None:
+            stream = self._create(opening.stream, opening.retention, now)
+        frames_after, runs_after = self._standing_after(stream, superseded)
+        ms = max(now, stream.last_ms)
+        ended_before = [run for run in superseded if run.status is not Status.OPEN]
+        for run in superseded:
+            run.superseded_by = opening.run
+            self._turned_runs[run.id] = run
+            if run.status is Status.OPEN:
+                told = Event(CONTROL_EVENT, run_superseded(run.name, opening.run))
+                self._end(stream, run, ending(Reason.SUPERSEDED), opening.error_events, now, told)
         start = stream.top
-        first = Cursor(start.seq + 1, max(now, stream.last_ms))
-        identity = (opening.run, opening.writer, opening.token, opening.dialect)
-        run_id = self._insert(
-            "INSERT INTO runs (started_ms, stream_id, name, writer, token, dialect, start_seq, start_ms, "
-            "last_seq, last_ms, status, reason, error, last_data, frames, text_bytes, ended_ms) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'open', '', '', 0, 0, 0, 0)",
-            (first.ms, stream.id, *identity, *start, *first),
-        )
-        if opening.metadata or opening.answer:
-            texts = (run_id, opening.metadata, opening.answer)
-            self._db.execute("INSERT INTO run_texts VALUES (?, ?, ?)", texts)
-        stream.runs += 1
-        stream.latest_run = opening.run
-        self._journal(stream, run_id, opening.run, first.ms, [Event(CONTROL_EVENT, data)])
-        return Opened(start, first)
+        data = run_started(opening.run, opening.dialect or None, metadata)
+        first = [Event(CONTROL_EVENT, data)]
+        first += (Event(CONTROL_EVENT, run_superseded(run.name, opening.run)) for run in ended_before)
+        names = tuple(run.name for run in superseded)
+        said = orjson.dumps([len(first), names, frames_after, runs_after]).decode() if superseded else ""
+        run = self._insert_run(stream, opening, start, ms, said)
+        self._journal(stream, run, ms, first)
+        run.extra = len(first)
+        if opening.seal:
+            self._seal(stream)
+        return Opened(start, Cursor(start.seq + 1, ms), stream.top, names, frames_after, runs_after)
 
     def append(self, batch: Append) -> Appended:
         now = self._clock_ms()
         stream = self._find_stream(batch.stream)
-        if stream is None or stream.expired(now):
-            raise UnknownStream(f"There is no stream '{batch.stream}'.")
-        run = self._find_run(stream, batch.run)
+        if stream is not None and stream.expired(now):
+            stream = None
+        run = None if stream is None else self._find_run(stream, batch.run)
+        last = ORIGIN if run is None else run.last
+        if last < batch.acknowledged:
+            raise Rewound("The journal has less of the run than it had accepted.", last_seq=last.seq)
+        if stream is None:
+            raise _no_stream(batch.stream)
         if run is None:
-            raise UnknownRun(f"The stream has no run '{batch.run}'.")
+            raise _no_run(batch.run)
         if run.writer != batch.writer:
             raise Fenced("The writer token is not the run's, or no longer.")
         expected = run.frames + 1
         if batch.producer_seq > expected:
             raise SequenceGap(f"The run expects frame {expected} next.", expected=expected)
-        duplicates = min(len(batch.events), expected - batch.producer_seq)
+        duplicates = min(len(batch.events), expected - batch.producer_seq) if batch.producer_seq else 0
         fresh = list(batch.events[duplicates:])
         ending = batch.ending
         if not allowed(run.status, Act.APPEND):
             if fresh or (ending is not None and (ending.status, ending.reason) != (run.status, run.reason)):
-                said = f"The run has ended: {run.status}, {run.reason}."
-                raise RunEnded(said, run_status=run.status.value, reason=run.reason)
-            return Appended(stream.top, 0, duplicates, expected)
-        if not fresh and ending is None:
-            if batch.dialect:
-                run.dialect = batch.dialect
-                self._changed_runs[run.id] = run
-            return Appended(stream.top, 0, duplicates, expected)
+                raise self._has_ended(run)
+            return Appended(last, 0, duplicates, expected)
 
         appended = len(fresh)
         frames = run.frames + appended
         text_bytes = run.text_bytes + (batch.text_bytes * appended // len(batch.events) if appended else 0)
         if ending is not None:
             _check_transition(run.status, ending)
+            if batch.error_event is not None:
+                fresh.append(batch.error_event)
             fresh.append(Event(CONTROL_EVENT, run_ended(run.name, ending, frames, text_bytes)))
 
         # Nothing from here on may raise: the cached state would be left half changed.
-        ms = max(now, stream.last_ms)
-        if appended:
-            run.last_data = stream.last_data = stream.last_seq + appended
-        self._journal(stream, run.id, run.name, ms, fresh)
-        run.frames = frames
-        run.text_bytes = text_bytes
-        run.last_seq, run.last_ms = stream.last_seq, ms
-        run.dialect = batch.dialect or run.dialect
+        if batch.dialect and batch.dialect != run.dialect:
+            run.dialect = batch.dialect
+            self._turned_runs[run.id] = run
+        if batch.answer:
+            self._answers[run.id] = batch.answer
+        if not fresh:
+            self._hear_of(run, now)
+            return Appended(last, 0, duplicates, expected)
+        self._journal(stream, run, max(now, stream.last_ms), fresh)
+        run.frames, run.text_bytes = frames, text_bytes
         if ending is not None:
-            run.status, run.reason, run.error = ending.status, ending.reason.value, ending.error
-            run.ended_ms = ms
-        self._changed_runs[run.id] = run
-        return Appended(stream.top, appended, duplicates, frames + 1)
+            run.extra += len(fresh) - appended
+            self._turn(run, ending)
+        return Appended(run.last, appended, duplicates, frames + 1)
 
-    def trim(self, stream_name: str, before_seq: int) -> None:
-        stream = self._find_stream(stream_name)
-        if stream is None or stream.expired(self._clock_ms()):
-            raise UnknownStream(f"There is no stream '{stream_name}'.")
-        self._drop(stream, min(before_seq, stream.last_seq + 1))
+    def restore(self, opening: RunOpening, held: Held) -> None:
+        now = self._clock_ms()
+        stream = self._clear_of_expired(opening.stream, now)
+        last = ORIGIN if stream is None else stream.top
+        run = None if stream is None else self._find_run(stream, opening.run)
+        end = held.first.seq + len(held.events) - 1
+        there = max(0, min(end, last.seq) - held.first.seq + 1)
+        if stream is not None and there:
+            (others,) = self._db.execute(
+                "SELECT count(*) FROM frames WHERE stream_id = ? AND seq BETWEEN ? AND ? "
+                "AND (ms <> ? OR run_id <> ?)",
+                (stream.id, held.first.seq, end, held.first.ms, run.id if run is not None else 0),
+            ).fetchone()
+            # Frames that were trimmed away cannot be told apart; those of an unknown run never were here.
+            if others or run is None:
+                raise Diverged("The journal holds other frames in their place.", last_seq=last.seq)
+        if there == len(held.events):
+            return
+        if held.first.seq > last.seq + 1:
+            raise Rewound("Frames before these are missing.", last_seq=last.seq)
+        if run is None and held.producer_seq:
+            raise Diverged(
+                "The journal lost the run's opening, and has other frames since.", last_seq=last.seq
+            )
+        if held.first.ms < (self._former_ms(opening.stream) + 1 if stream is None else stream.last_ms):
+            raise Diverged("The journal was written on at a later time.", last_seq=last.seq)
+        if run is not None and run.writer != opening.writer:
+            raise Fenced("The writer token is not the run's, or no longer.")
+        if run is not None and run.status is not Status.OPEN:
+            raise self._has_ended(run)
 
-    def delete(self, stream_name: str) -> None:
+        if stream is None:
+            stream = self._create(opening.stream, opening.retention, held.first.ms)
+        if run is None:
+            run = self._insert_run(stream, opening, last, held.first.ms, "")
+            if opening.seal:
+                self._seal(stream)
+        missing = held.events[there:]
+        self._journal(stream, run, held.first.ms, missing)
+        if held.producer_seq:
+            run.frames += len(missing)
+            run.text_bytes += held.text_bytes * len(missing) // len(held.events)
+        else:
+            run.extra += len(missing)
+        self._hear_of(run, now)
+
+    def take_over(self, stream_name: str, name: str, writer: str, idle_ms: int) -> TakenOver:
+        now = self._clock_ms()
+        stream, run = self._known_run(stream_name, name, now)
+        if not allowed(run.status, Act.TAKE_OVER):
+            raise self._has_ended(run)
+        run.writer = writer
+        if run.owner:
+            self._notices.append(_RunOver(stream.name, run.name, run.owner))
+            run.owner, run.idle_ms = "", idle_ms
+        self._hear_of(run, now)
+        run.due_ms = run.when_due()
+        return TakenOver(run.frames + 1, run.last)
+
+    def hear_of(self, stream_name: str, name: str, writer: str) -> RunState:
+        now = self._clock_ms()
+        _, run = self._known_run(stream_name, name, now)
+        if run.writer != writer:
+            raise Fenced("The writer token is not the run's, or no longer.")
+        if run.status is Status.OPEN:
+            self._hear_of(run, now)
+        return run.state()
+
+    def end_run(
+        self, stream_name: str, name: str, ending: Ending, error_events: Mapping[str, Event], owner: str
+    ) -> Ended:
+        now = self._clock_ms()
+        stream, run = self._known_run(stream_name, name, now)
+        by_this = run.status is Status.OPEN and owner in ("", run.owner)
+        if by_this:
+            self._end(stream, run, ending, error_events, now)
+        return Ended(by_this, run.status, run.reason, run.owner, run.text_bytes)
+
+    def end_due(
+        self,
+        stream_name: str,
+        name: str,
+        reachable_since_ms: int,
+        error_events: Mapping[Reason, Mapping[str, Event]],
+    ) -> Ended | None:
+        now = self._clock_ms()
+        try:
+            stream, run = self._known_run(stream_name, name, now)
+        except (UnknownStream, UnknownRun):
+            return None
+        if run.status is not Status.OPEN:
+            return None
+        due_ms = run.when_due(reachable_since_ms)
+        if due_ms == 0 or due_ms > now:
+            run.due_ms = due_ms
+            self._turned_runs[run.id] = run
+            return None
+        silent = run.idle_ms > 0 and run.idle_from(reachable_since_ms) + run.idle_ms <= now
+        reason = Reason.IDLE_TIMEOUT if silent else Reason.MAX_RUN
+        self._end(stream, run, ending(reason), error_events.get(reason, {}), now)
+        return Ended(True, run.status, run.reason, run.owner, run.text_bytes)
+
+    def end_orphans(self, owner: str) -> None:
+        """End the open runs that belong to a process other than this owner, which must be a former one."""
+        now = self._clock_ms()
+        orphans = self._db.execute(
+            "SELECT streams.name, runs.name FROM runs JOIN streams ON streams.id = stream_id "
+            f"WHERE status = 'open' AND owner NOT IN ('', :owner) AND {_LIVE} ORDER BY runs.id",
+            {"owner": owner, "now": now},
+        ).fetchall()
+        how = ending(Reason.OWNER_LOST)
+        said = detect.error_events(how)
+        for stream_name, name in orphans:
+            stream, run = self._known_run(stream_name, name, now)
+            self._end(stream, run, how, said, now)
+
+    # Operations on deliveries, whose columns are not cached.
+
+    def claim_deliveries(self, limit: int, lease_ms: int) -> list[Delivery]:
+        now = self._clock_ms()
+        due = self._db.execute(
+            "SELECT runs.id, streams.name, runs.name, tries FROM runs JOIN streams ON streams.id = stream_id "
+            f"WHERE deliver = 1 AND status <> 'open' AND next_try_ms <= :now AND {_LIVE} "
+            "ORDER BY next_try_ms LIMIT :limit",
+            {"now": now, "limit": max(0, limit)},
+        ).fetchall()
+        until = [(now + lease_ms, run_id) for run_id, *_ in due]
+        self._db.executemany("UPDATE runs SET next_try_ms = ? WHERE id = ?", until)
+        return [Delivery(*each) for _, *each in due]
+
+    def settle_delivery(self, stream_name: str, name: str) -> None:
         stream = self._find_stream(stream_name)
-        if stream is not None:
-            self._bury(stream, self._clock_ms())
+        run = None if stream is None else self._find_run(stream, name)
+        if stream is None or run is None:
+            return
+        self._db.execute("UPDATE runs SET deliver = 0 WHERE id = ?", (run.id,))
+        stream.keep_from = self._undelivered_from(stream)
+        self._changed_streams[stream.id] = stream
+
+    def postpone_delivery(self, stream_name: str, name: str, delay_ms: int) -> None:
+        self._db.execute(
+            "UPDATE runs SET tries = tries + 1, next_try_ms = ? WHERE name = ? AND deliver = 1 "
+            "AND stream_id = (SELECT id FROM streams WHERE name = ?)",
+            (self._clock_ms() + delay_ms, name, stream_name),
+        )
+
+    # Operations on claims, and housekeeping.
 
     def claim(self, key: str, digest: str, owner: str, lease_ms: int, keep_ms: int) -> Claim:
         now = self._clock_ms()
@@ -793,8 +1211,30 @@ class _Store:
             if row is None:
                 return None
             stream = self._streams[name] = _Stream(*row)
+            stream.keep_from = self._undelivered_from(stream)
             self._cached += 1
         return stream
+
+    def _clear_of_expired(self, name: str, now: int) -> _Stream | None:
+        """The stream, if it has not expired; one that has is buried."""
+        stream = self._find_stream(name)
+        if stream is not None and stream.expired(now):
+            self._bury(stream, now)
+            return None
+        return stream
+
+    def _known_stream(self, name: str, now: int) -> _Stream:
+        stream = self._find_stream(name)
+        if stream is None or stream.expired(now):
+            raise _no_stream(name)
+        return stream
+
+    def _known_run(self, stream_name: str, name: str, now: int) -> tuple[_Stream, _Run]:
+        stream = self._known_stream(stream_name, now)
+        run = self._find_run(stream, name)
+        if run is None:
+            raise _no_run(name)
+        return stream, run
 
     def _find_run(self, stream: _Stream, name: str) -> _Run | None:
         run = stream.cached_runs.get(name)
@@ -808,49 +1248,215 @@ class _Store:
             self._cached += 1
         return run
 
+    def _open_runs(self, stream: _Stream) -> list[_Run]:
+        """Oldest first."""
+        runs = (self._find_run(stream, name) for name in _open_runs(self._db, stream))
+        return [run for run in runs if run is not None]
+
     def _forget(self, stream: str) -> None:
         """Drop cached state that may not be what the database says; all of it for an empty name."""
         self._rows.clear()
         self._changed_streams.clear()
-        self._changed_runs.clear()
+        self._moved_runs.clear()
+        self._turned_runs.clear()
+        self._answers.clear()
         if stream:
             self._streams.pop(stream, None)
         else:
             self._streams.clear()
             self._cached = 0
 
-    def _create(self, opening: RunOpening, now: int) -> _Stream:
-        row = self._db.execute("SELECT last_ms FROM tombstones WHERE name = ?", (opening.stream,)).fetchone()
-        created_ms = now if row is None else max(now, row[0] + 1)
-        self._insert(
-            "INSERT INTO streams (name, created_ms, last_ms, sealed, max_frames, max_bytes, retention_s, "
-            "earliest_seq, last_seq, last_data, bytes_held, runs, latest_run) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, 1, 0, 0, 0, 0, '')",
-            (opening.stream, created_ms, created_ms, opening.seal, *opening.retention),
+    def _former_ms(self, name: str) -> int:
+        """The last ms of the stream's former life; -1: it had none."""
+        row = self._db.execute("SELECT last_ms FROM tombstones WHERE name = ?", (name,)).fetchone()
+        return -1 if row is None else int(row[0])
+
+    def _create(self, name: str, retention: Retention, now: int) -> _Stream:
+        created_ms = max(now, self._former_ms(name) + 1)
+        self._db.execute(
+            "INSERT INTO streams (name, created_ms, last_ms, max_frames, max_bytes, retention_s, "
+            "earliest_seq, last_seq, last_data, bytes_held, runs, latest_run, sealed) "
+            "VALUES (?, ?, ?, ?, ?, ?, 1, 0, 0, 0, 0, '', 0)",
+            (name, created_ms, created_ms, *retention),
         )
-        stream = self._find_stream(opening.stream)
+        stream = self._find_stream(name)
         assert stream is not None
         return stream
 
-    def _journal(self, stream: _Stream, run_id: int, run: str, ms: int, events: Sequence[Event]) -> None:
+    def _insert_run(self, stream: _Stream, opening: RunOpening, start: Cursor, ms: int, said: str) -> _Run:
+        """Add a run whose first frame, at `ms`, is still to be journaled."""
+        run = _Run(
+            id=0,
+            name=opening.run,
+            writer=opening.writer,
+            token=opening.token,
+            status=Status.OPEN,
+            reason="",
+            error="",
+            dialect=opening.dialect,
+            start_seq=start.seq,
+            start_ms=start.ms,
+            last_seq=start.seq,
+            last_ms=start.ms,
+            last_data=0,
+            frames=0,
+            extra=0,
+            text_bytes=0,
+            started_ms=ms,
+            owner=opening.owner,
+            idle_ms=_ms(opening.idle_timeout_s),
+            max_run_ms=_ms(opening.max_run_s),
+            heard_ms=ms,
+        )
+        run.due_ms = run.when_due()
+        run.id = self._insert(_INSERT_RUN, (stream.id, *run.row(), opening.deliver))
+        if opening.metadata or opening.answer or said:
+            texts = (run.id, opening.metadata, opening.answer, said)
+            self._db.execute("INSERT INTO run_texts VALUES (?, ?, ?, ?)", texts)
+        if opening.deliver and not stream.keep_from:
+            stream.keep_from = start.seq + 1
+        stream.cached_runs[run.name] = run
+        self._cached += 1
+        stream.runs += 1
+        stream.latest_run = run.name
+        self._turned_runs[run.id] = run
+        return run
+
+    def _opened(self, run: _Run) -> Opened:
+        """What was answered when it was opened."""
+        start, first = Cursor(run.start_seq, run.start_ms), Cursor(run.start_seq + 1, run.started_ms)
+        row = self._db.execute("SELECT opened FROM run_texts WHERE run_id = ?", (run.id,)).fetchone()
+        if row is None or not row[0]:
+            return Opened(start, first, first)
+        count, superseded, frames_after, runs_after = orjson.loads(row[0])
+        last = Cursor(start.seq + count, first.ms)
+        return Opened(start, first, last, tuple(superseded), frames_after, tuple(runs_after))
+
+    def _to_supersede(self, stream: _Stream | None, opening: RunOpening) -> list[_Run]:
+        """The runs that an opening supersedes, oldest first."""
+        found: dict[int, _Run] = {}
+        if stream is not None and opening.if_busy != "allow":
+            found = {run.id: run for run in self._open_runs(stream)}
+            if found and opening.if_busy == "reject":
+                names = [run.name for run in found.values()]
+                raise StreamBusy("The stream has an open run.", open_runs=names)
+        for name in opening.supersedes:
+            if name == "latest":
+                name = stream.latest_run if stream is not None else ""
+                if not name:
+                    continue
+            run = None if stream is None else self._find_run(stream, name)
+            if run is None:
+                raise _no_run(name)
+            found[run.id] = run
+        return [found[run_id] for run_id in sorted(found)]
+
+    def _standing_after(self, stream: _Stream, superseded: Sequence[_Run]) -> tuple[int, tuple[str, ...]]:
+        """How many frames of other runs stand at or after the start of the first superseded one, and the
+        names of some of those runs."""
+        if not superseded:
+            return 0, ()
+        start_seq = min(run.start_seq for run in superseded)
+        own = sum(run.frames + run.extra for run in superseded)
+        others = stream.last_seq - start_seq - own
+        if others <= 0:
+            return 0, ()
+        ids = {run.id for run in superseded}
+        rows = self._db.execute(
+            "SELECT id, name FROM runs WHERE stream_id = ? AND last_seq > ? ORDER BY id LIMIT ?",
+            (stream.id, start_seq, RUNS_AFTER_MAX + len(ids)),
+        ).fetchall()
+        names = (name for run_id, name in rows if run_id not in ids)
+        return others, tuple(islice(names, RUNS_AFTER_MAX))
+
+    def _end(
+        self,
+        stream: _Stream,
+        run: _Run,
+        ending: Ending,
+        error_events: Mapping[str, Event],
+        now: int,
+        *before: Event,
+    ) -> None:
+        """End a run whoever its writer is. `before` is journaled first."""
+        _check_transition(run.status, ending)
+        events = list(before)
+        error_event = error_events.get(run.dialect)
+        if error_event is not None and self._was_proxied(run):
+            events.append(error_event)
+        events.append(Event(CONTROL_EVENT, run_ended(run.name, ending, run.frames, run.text_bytes)))
+        self._journal(stream, run, max(now, stream.last_ms), events)
+        run.extra += len(events)
+        self._turn(run, ending)
+        if run.owner:
+            self._notices.append(_RunOver(stream.name, run.name, run.owner))
+
+    def _was_proxied(self, run: _Run) -> bool:
+        row = self._db.execute("SELECT answer <> '' FROM run_texts WHERE run_id = ?", (run.id,)).fetchone()
+        return row is not None and bool(row[0])
+
+    def _turn(self, run: _Run, ending: Ending) -> None:
+        """Note the ending of a run whose terminal frame is its last."""
+        run.status, run.reason, run.error = ending.status, ending.reason.value, ending.error
+        self._endings += 1
+        run.ended_ms, run.ended_no = run.last_ms, self._endings
+        self._turned_runs[run.id] = run
+
+    def _hear_of(self, run: _Run, now: int) -> None:
+        run.heard_ms = max(now, run.heard_ms)
+        self._turned_runs[run.id] = run
+
+    def _has_ended(self, run: _Run) -> RunEnded:
+        said = f"The run has ended: {run.status}, {run.reason}."
+        return RunEnded(said, run_status=run.status.value, reason=run.reason)
+
+    def _seal(self, stream: _Stream) -> None:
+        if stream.sealed:
+            return
+        stream.sealed = 1
+        self._db.execute("UPDATE streams SET sealed = 1 WHERE id = ?", (stream.id,))
+        self._notices.append(_Sealed(stream.name))
+
+    def _journal(self, stream: _Stream, run: _Run, ms: int, events: Sequence[Event]) -> None:
         """Put frames after the stream's last, in the cached state; `flush` writes them."""
         previous = stream.top
-        seq = previous.seq
+        seq, last_data = previous.seq, 0
         for name, data in events:
             seq += 1
-            self._rows += (stream.id, seq, ms, run_id, name, data)
+            self._rows += (stream.id, seq, ms, run.id, name, data)
             stream.bytes_held += len(data)
+            if name != CONTROL_EVENT:
+                last_data = seq
         stream.last_seq, stream.last_ms = seq, ms
+        run.last_seq, run.last_ms = seq, ms
+        if last_data:
+            stream.last_data = run.last_data = last_data
         self._changed_streams[stream.id] = stream
-        self._notices.append(_Notice(stream.name, previous, ms, run, events))
+        self._moved_runs[run.id] = run
+        self._notices.append(_Journaled(stream.name, previous, ms, run.name, events))
+
+    def _undelivered_from(self, stream: _Stream) -> int:
+        (start_seq,) = self._db.execute(
+            "SELECT min(start_seq) FROM runs WHERE stream_id = ? AND deliver = 1", (stream.id,)
+        ).fetchone()
+        return 0 if start_seq is None else int(start_seq) + 1
 
     def _retain(self, stream: _Stream) -> None:
-        """Drop what the bounds leave no room for, oldest first; the newest frame stays."""
-        held = stream.last_seq - stream.earliest_seq + 1
-        excess = held - stream.max_frames if stream.max_frames else 0
-        over = stream.bytes_held - stream.max_bytes if stream.max_bytes else 0
-        if excess <= 0 and over <= 0:
+        """Drop what the bounds leave no room for, oldest first; the newest frame stays. From the first run
+        whose end is still to be delivered, frames have twice the room."""
+        if not stream.keep_from:
+            self._drop(stream, self._first_within(stream, 1))
             return
+        if stream.keep_from > stream.earliest_seq:
+            self._drop(stream, min(stream.keep_from, self._first_within(stream, 1)))
+        if stream.keep_from <= stream.earliest_seq:
+            self._drop(stream, self._first_within(stream, 2))
+
+    def _first_within(self, stream: _Stream, times: int) -> int:
+        """The seq from which on frames are within so many times the bounds."""
+        held = stream.last_seq - stream.earliest_seq + 1
+        excess = held - times * stream.max_frames if stream.max_frames else 0
+        over = stream.bytes_held - times * stream.max_bytes if stream.max_bytes else 0
         before_seq = stream.earliest_seq + max(0, excess)
         if over > 0:
             sizes = self._db.execute(
@@ -863,7 +1469,7 @@ class _Store:
                 over -= size
                 before_seq = max(before_seq, seq + 1)
             sizes.close()
-        self._drop(stream, before_seq)
+        return before_seq
 
     def _drop(self, stream: _Stream, before_seq: int) -> None:
         if before_seq <= stream.earliest_seq:
@@ -883,9 +1489,10 @@ class _Store:
             (stream.name, stream.last_ms, max(now, stream.last_ms) + TOMBSTONE_KEEP_MS),
         )
         self._db.execute("DELETE FROM streams WHERE id = ?", (stream.id,))
+        self._db.execute("DELETE FROM stream_texts WHERE stream_id = ?", (stream.id,))
         self._db.execute("INSERT INTO debris VALUES (?)", (stream.id,))
         self._streams.pop(stream.name, None)
-        self._notices.append(_Notice(stream.name))
+        self._notices.append(_Deleted(stream.name))
         self.unswept = True
 
     def _clear(self, stream_id: int, max_rows: int) -> int:
@@ -943,14 +1550,16 @@ def _wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _frames(notice: _Notice) -> list[Frame]:
-    if notice.previous is None:
-        return []
-    first = notice.previous.seq + 1
-    return [
-        Frame(seq, notice.ms, notice.run, event, data)
-        for seq, (event, data) in enumerate(notice.events, first)
-    ]
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _no_stream(name: str) -> UnknownStream:
+    return UnknownStream(f"There is no stream '{name}'.")
+
+
+def _no_run(name: str) -> UnknownRun:
+    return UnknownRun(f"The stream has no run '{name}'.")
 
 
 def _check_transition(status: Status, ending: Ending) -> None:
@@ -1038,6 +1647,11 @@ def _prepare(db: sqlite3.Connection, path: Path, synchronous: str) -> None:
     (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if tables and application != APPLICATION_ID:
         raise StartupError(f"{path} is another program's database. Name another path for the journal.")
+    if tables and version < SCHEMA_VERSION:
+        raise StartupError(
+            f"The journal {path} was written by an older relay: its schema is {version}, and this relay "
+            f"knows only {SCHEMA_VERSION}. Move it away, or name another path."
+        )
     if version > SCHEMA_VERSION:
         raise StartupError(
             f"The journal {path} was written by a newer relay: its schema is {version}, and this relay knows "
@@ -1070,7 +1684,7 @@ def _known_stream(db: sqlite3.Connection, now: int, name: str) -> _Stream:
         f"SELECT {_STREAM_COLUMNS} FROM streams WHERE name = :name AND {_LIVE}", {"name": name, "now": now}
     ).fetchone()
     if row is None:
-        raise UnknownStream(f"There is no stream '{name}'.")
+        raise _no_stream(name)
     return _Stream(*row)
 
 
@@ -1106,38 +1720,113 @@ def _open_runs(db: sqlite3.Connection, stream: _Stream) -> list[str]:
     return [name for (name,) in rows]
 
 
+def _stream_infos(db: sqlite3.Connection, where: str, values: Mapping[str, Any]) -> list[StreamInfo]:
+    rows = db.execute(
+        f"SELECT {_STREAM_COLUMNS}, coalesce(metadata, '') "
+        f"FROM streams LEFT JOIN stream_texts ON stream_id = id WHERE {_LIVE} AND {where}",
+        values,
+    ).fetchall()
+    streams = ((_Stream(*row), metadata) for *row, metadata in rows)
+    return [stream.info(_open_runs(db, stream), metadata) for stream, metadata in streams]
+
+
 def _describe(db: sqlite3.Connection, now: int, name: str) -> StreamInfo:
-    stream = _known_stream(db, now, name)
-    return stream.info(_open_runs(db, stream))
+    found = _stream_infos(db, "name = :name", {"name": name, "now": now})
+    if not found:
+        raise _no_stream(name)
+    return found[0]
 
 
 def _list_streams(db: sqlite3.Connection, now: int, after: str, limit: int) -> list[StreamInfo]:
-    rows = db.execute(
-        f"SELECT {_STREAM_COLUMNS} FROM streams WHERE name > :after AND {_LIVE} ORDER BY name LIMIT :limit",
-        {"after": after, "now": now, "limit": max(0, limit)},
-    ).fetchall()
-    return [stream.info(_open_runs(db, stream)) for stream in (_Stream(*row) for row in rows)]
+    values = {"after": after, "now": now, "limit": max(0, limit)}
+    return _stream_infos(db, "name > :after ORDER BY name LIMIT :limit", values)
+
+
+_SELECT_RUN_INFOS = (
+    f"SELECT {_RUN_COLUMNS}, coalesce(metadata, ''), coalesce(answer, '') "
+    "FROM runs LEFT JOIN run_texts ON run_id = runs.id "
+)
+
+
+def _run_info(row: Sequence[Any]) -> RunInfo:
+    return _Run.from_row(row[:-2]).info(*row[-2:])
 
 
 def _read_run(db: sqlite3.Connection, now: int, stream_name: str, name: str) -> RunInfo:
     stream = _known_stream(db, now, stream_name)
     row = db.execute(
-        f"SELECT {_RUN_COLUMNS}, coalesce(metadata, ''), coalesce(answer, '') "
-        "FROM runs LEFT JOIN run_texts ON run_id = runs.id WHERE stream_id = ? AND name = ?",
-        (stream.id, name),
+        f"{_SELECT_RUN_INFOS} WHERE stream_id = ? AND runs.name = ?", (stream.id, name)
     ).fetchone()
     if row is None:
-        raise UnknownRun(f"The stream has no run '{name}'.")
-    return _Run.from_row(row[:-2]).info(*row[-2:])
+        raise _no_run(name)
+    return _run_info(row)
 
 
-def _read_tops(db: sqlite3.Connection, now: int, names: Sequence[str]) -> dict[str, Cursor]:
+def _list_runs(db: sqlite3.Connection, now: int, stream_name: str, after: str, limit: int) -> list[RunInfo]:
+    stream = _known_stream(db, now, stream_name)
+    after_id = 0
+    if after:
+        row = db.execute(
+            "SELECT id FROM runs WHERE stream_id = ? AND name = ?", (stream.id, after)
+        ).fetchone()
+        if row is None:
+            raise _no_run(after)
+        (after_id,) = row
+    rows = db.execute(
+        f"{_SELECT_RUN_INFOS} WHERE stream_id = ? AND runs.id > ? ORDER BY runs.id LIMIT ?",
+        (stream.id, after_id, max(0, limit)),
+    )
+    return [_run_info(row) for row in rows]
+
+
+def _read_states(db: sqlite3.Connection, now: int, runs: Sequence[tuple[str, str]]) -> list[RunState | None]:
+    select = (
+        "SELECT status, reason, writer, runs.last_seq, runs.last_ms "
+        f"FROM runs JOIN streams ON streams.id = stream_id WHERE streams.name = :stream AND {_LIVE} "
+        "AND runs.name = :run"
+    )
+    rows = (db.execute(select, {"stream": stream, "run": run, "now": now}).fetchone() for stream, run in runs)
+    return [
+        None if row is None else RunState(Status(row[0]), row[1], row[2], Cursor(row[3], row[4]))
+        for row in rows
+    ]
+
+
+def _list_due(db: sqlite3.Connection, now: int, limit: int) -> list[tuple[str, str]]:
+    return db.execute(
+        "SELECT streams.name, runs.name FROM runs JOIN streams ON streams.id = stream_id "
+        f"WHERE status = 'open' AND due_ms > 0 AND due_ms <= :now AND {_LIVE} ORDER BY due_ms LIMIT :limit",
+        {"now": now, "limit": max(0, limit)},
+    ).fetchall()
+
+
+def _list_ended(
+    db: sqlite3.Connection, now: int, ended_after_ms: int, after: str, limit: int
+) -> list[EndedRun]:
+    # By number within one ms, so that what is listed after a place ended after it.
+    after_ms, after_no = (int(part) for part in after.split("-")) if after else (0, 0)
+    rows = db.execute(
+        f"SELECT {_RUN_COLUMNS}, coalesce(metadata, ''), coalesce(answer, ''), streams.name "
+        "FROM runs JOIN streams ON streams.id = runs.stream_id LEFT JOIN run_texts ON run_id = runs.id "
+        f"WHERE ended_no > 0 AND ended_ms > :ended_after AND (ended_ms, ended_no) > (:ms, :no) AND {_LIVE} "
+        "ORDER BY ended_ms, ended_no LIMIT :limit",
+        {"ended_after": ended_after_ms, "ms": after_ms, "no": after_no, "now": now, "limit": max(0, limit)},
+    )
+    ended = []
+    for *row, stream in rows:
+        run = _Run.from_row(row[:-2])
+        ended.append(EndedRun(f"{run.ended_ms}-{run.ended_no}", stream, run.info(*row[-2:])))
+    return ended
+
+
+def _read_tops(db: sqlite3.Connection, now: int, names: Sequence[str]) -> dict[str, StreamTop]:
     tops = {}
     for name in names:
-        select = f"SELECT last_seq, last_ms FROM streams WHERE name = :name AND {_LIVE}"
+        select = f"SELECT last_seq, last_ms, sealed FROM streams WHERE name = :name AND {_LIVE}"
         row = db.execute(select, {"name": name, "now": now}).fetchone()
         if row is not None:
-            tops[name] = Cursor(*row)
+            seq, ms, sealed = row
+            tops[name] = StreamTop(Cursor(seq, ms) if seq else ORIGIN, bool(sealed))
     return tops
 
 
@@ -1145,7 +1834,7 @@ def _resolve_token(db: sqlite3.Connection, now: int, token: str) -> tuple[str, s
     row: tuple[str, str] | None = db.execute(
         "SELECT streams.name, runs.name FROM runs JOIN streams ON streams.id = stream_id "
         "WHERE token = :token AND token <> '' "
-        "AND (retention_s = 0 OR streams.last_ms + retention_s * 1000 >= :now) ORDER BY runs.id DESC LIMIT 1",
+        f"AND {_LIVE} ORDER BY runs.id DESC LIMIT 1",
         {"token": token, "now": now},
     ).fetchone()
     return row

@@ -49,12 +49,16 @@ class Notes:
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.deleted: list[str] = []
+        self.sealed: list[str] = []
 
     def on_frames(self, stream: str, previous: Cursor, frames: Sequence[Frame]) -> None:
         self.frames += frames
 
     def on_deleted(self, stream: str) -> None:
         self.deleted.append(stream)
+
+    def on_sealed(self, stream: str) -> None:
+        self.sealed.append(stream)
 
     def on_doubt(self, stream: str) -> None:
         pass
@@ -186,6 +190,7 @@ from relay.journal.sqlite import SqliteJournal
 class Deaf:
     def on_frames(self, *told): ...
     def on_deleted(self, *told): ...
+    def on_sealed(self, *told): ...
     def on_doubt(self, *told): ...
 
 async def write(journal, run):
@@ -560,7 +565,7 @@ async def test_state_dropped_from_the_cache_is_read_again(
     for seq in range(1, 5):
         await asyncio.gather(*(journal.append(batch(seq, b"x", stream=f"s{n}")) for n in range(10)))
     tops = await journal.tops([f"s{n}" for n in range(10)])
-    assert {top.seq for top in tops.values()} == {5}
+    assert {top.id.seq for top in tops.values()} == {5}
     await journal.close()
 
 
