@@ -1,63 +1,264 @@
-"""The writer: one run's way into the journal, through outages and retries."""
+"""The writer: one run's way into the journal, through outages, retries and journals that forget."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from relay.errors import JournalError
-from relay.frame import Event
-from relay.journal.base import Append, Journal
+import orjson
+
+from relay.cursor import ORIGIN, Cursor
+from relay.errors import Diverged, JournalError, Rewound
+from relay.frame import CONTROL_EVENT, Event, run_started
+from relay.journal.base import Append, Appended, Held, Journal, Opened, RunOpening
 from relay.lifecycle import Ending
+from relay.settings import Settings
 
 log = logging.getLogger("relay.writer")
 
 RETRY_FIRST_S = 0.05
 RETRY_MOST_S = 1.0
 
+HELD_FRAME_BYTES = 256
+"""What a held frame counts beside its data, so that many small ones are bounded too."""
+
+# A held append is one plain tuple of plain values: the seq of the run's frame before it, the id of its last
+# frame, the producer sequence, the bytes of text, its size, when it was accepted, then event names and data
+# in turn. The collector forgets such tuples, where it would visit named ones again and again.
+_BEFORE, _LAST_SEQ, _MS, _PRODUCER_SEQ, _TEXT_BYTES, _SIZE, _AT, _EVENTS = range(8)
+
+
+class HeldMemory:
+    """What all writers of a process hold together, and may hold."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+
 
 class RunWriter:
-    """Appends to one open run. Numbers its frames, so that every append can be repeated after an unknown
-    outcome and is journaled once."""
+    """Appends to one open run.
 
-    def __init__(self, journal: Journal, stream: str, run: str, writer: str, deadline_s: float) -> None:
-        self.stream = stream
-        self.run = run
+    Numbers its frames, so that every append can be repeated after an unknown outcome and is journaled once.
+    If the run has an owner, it holds what was accepted last, and puts it back under the same ids into a
+    journal that lost it. The producer of a run without one still has what it sent.
+
+    `acknowledged` is the id of the run's newest frame as far as the journal told, `ended` the ending it took.
+    A writer that does not begin its run is told where the run stands by setting `next_seq` and
+    `acknowledged`. `release` it in the end.
+    """
+
+    def __init__(self, journal: Journal, opening: RunOpening, settings: Settings, memory: HeldMemory) -> None:
+        self.stream = opening.stream
+        self.run = opening.run
         self.next_seq = 1
+        self.acknowledged = ORIGIN
+        self.ended: Ending | None = None
+        self.lost = False
         self._journal = journal
-        self._writer = writer
-        self._deadline_s = deadline_s
+        self._opening = opening
+        self._settings = settings
+        self._memory = memory
+        self._held: deque[tuple[Any, ...]] = deque()
+        self._held_bytes = 0
+        self._last_words: Event | None = None
+        self._rewound_at: float | None = None
+
+    @property
+    def token(self) -> str:
+        """The fencing token."""
+        return self._opening.writer
+
+    def opened(self, opened: Opened) -> None:
+        """The run was opened."""
+        self.acknowledged = opened.last
+        if opened.last != opened.first:
+            return  # frames follow of which only the journal knows what they say
+        opening = self._opening
+        metadata = orjson.loads(opening.metadata) if opening.metadata else None
+        started = Event(CONTROL_EVENT, run_started(opening.run, opening.dialect or None, metadata))
+        self._hold(0, opened.last, 0, (started,), 0, 0)
 
     async def append(
-        self, events: Sequence[Event], text_bytes: int = 0, dialect: str = "", ending: Ending | None = None
-    ) -> None:
-        """Journal events, and the run's ending with them if one is given.
+        self,
+        events: Sequence[Event],
+        text_bytes: int = 0,
+        dialect: str = "",
+        ending: Ending | None = None,
+        error_event: Event | None = None,
+        answer: str = "",
+    ) -> Appended:
+        """Journal events, and the run's ending with them if one is given; the rest is as in `Append`.
 
         While the journal is away this waits and tries again, which holds upstream back too. After the
-        deadline the last `JournalError` is raised; `Fenced` and `RunEnded` at once.
+        deadline the last `JournalError` is raised; `Fenced` and `RunEnded` at once. `Diverged` says that the
+        journal lost frames which cannot be put back: then nothing is taken any more but an ending.
         """
         pause_s = RETRY_FIRST_S
         deadline: float | None = None
+        again = False
         while True:
             try:
-                return await self.append_once(events, text_bytes, dialect, ending)
+                return await self._append(events, text_bytes, dialect, ending, error_event, answer, again)
+            except Diverged:
+                raise
+            except Rewound:
+                pass  # for how long is `put_back`'s to say
             except JournalError as error:
-                now = asyncio.get_running_loop().time()
+                again = True
+                now = _now()
                 if deadline is None:
-                    deadline = now + self._deadline_s
+                    deadline = now + self._settings.journal_deadline_s
                     log.warning("journal away stream=%s run=%s: %s", self.stream, self.run, error)
                 if now >= deadline:
                     raise
-                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-                pause_s = min(pause_s * 2, RETRY_MOST_S)
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(pause_s * 2, RETRY_MOST_S)
 
     async def append_once(
-        self, events: Sequence[Event], text_bytes: int, dialect: str, ending: Ending | None
-    ) -> None:
+        self,
+        events: Sequence[Event],
+        text_bytes: int = 0,
+        dialect: str = "",
+        ending: Ending | None = None,
+        error_event: Event | None = None,
+        answer: str = "",
+    ) -> Appended:
         """Try once. After a `JournalError` the same events must be given again, before any others."""
-        appended = await self._journal.append(
-            Append(self.stream, self.run, self._writer, self.next_seq, events, text_bytes, dialect, ending)
-        )
+        return await self._append(events, text_bytes, dialect, ending, error_event, answer, False)
+
+    async def _append(
+        self,
+        events: Sequence[Event],
+        text_bytes: int,
+        dialect: str,
+        ending: Ending | None,
+        error_event: Event | None,
+        answer: str,
+        again: bool,
+    ) -> Appended:
+        if self.lost and events:
+            raise Diverged("The journal lost frames of this run before.")
+        producer_seq = self.next_seq
+        batch = Append(
+            self.stream, self.run, self._opening.writer, producer_seq, events, text_bytes, dialect, ending,
+            error_event, answer, self.acknowledged,
+        )  # fmt: skip
+        try:
+            appended = await self._journal.append(batch)
+        except Rewound as rewound:
+            await self.put_back(rewound.extra["last_seq"])
+            appended = await self._journal.append(batch)
+        self._rewound_at = None
+        if dialect and dialect != self._opening.dialect:
+            self._opening = replace(self._opening, dialect=dialect)
+        if answer:
+            self._opening = replace(self._opening, answer=answer)
+        before = self.acknowledged
         self.next_seq = appended.next_seq
+        self.acknowledged = appended.last
+        own = 0
+        if ending is not None:
+            self.ended = ending
+            self._last_words = error_event
+            own = 1 if error_event is None else 2
+        if appended.appended == len(events) or (again and not appended.appended):
+            if before.seq and (events or own):
+                self._hold(before.seq, appended.last, producer_seq, events, text_bytes, own)
+        else:
+            self._let_go()  # it is not known under which ids the duplicates stand
+        return appended
+
+    # What is held
+
+    def _hold(
+        self,
+        before: int,
+        last: Cursor,
+        producer_seq: int,
+        events: Sequence[Event],
+        text_bytes: int,
+        own: int,
+    ) -> None:
+        """Keep an append of which `own` frames, behind its events, are relay's."""
+        if not self._opening.owner:
+            return
+        size = HELD_FRAME_BYTES * (len(events) + own)
+        flat: list[Any] = []
+        for event, data in events:
+            size += len(data)
+            flat += event, data
+        now = _now()
+        self._held.append((before, last.seq, last.ms, producer_seq, text_bytes, size, now, *flat))
+        self._held_bytes += size
+        self._memory.bytes += size
+        self.expire(now)
+
+    def expire(self, now: float) -> None:
+        """Let go what is held beyond a bound; `now` is on the loop's clock."""
+        held, settings, memory = self._held, self._settings, self._memory
+        while held and (
+            self._held_bytes > settings.held_max_bytes
+            or memory.bytes > memory.max_bytes
+            or now - held[0][_AT] >= settings.held_s
+        ):
+            size = held.popleft()[_SIZE]
+            self._held_bytes -= size
+            memory.bytes -= size
+
+    def release(self) -> None:
+        """Hold nothing any more: the writer is done."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._held.clear()
+        self._memory.bytes -= self._held_bytes
+        self._held_bytes = 0
+
+    async def put_back(self, last_seq: int) -> None:
+        """Put back what the journal lost of this run: everything after its frame `last_seq`.
+
+        Raises `Rewound` while frames of other runs in between are missing: try again. Raises `Diverged` when
+        it cannot be done, or not in time; then this writer takes nothing more but an ending. Raises
+        `JournalError`, `Fenced`, `RunEnded` too."""
+        now = _now()
+        if self._rewound_at is None:
+            self._rewound_at = now
+            log.warning("journal rewound stream=%s run=%s seq=%d", self.stream, self.run, last_seq)
+        lost = [kept for kept in self._held if kept[_LAST_SEQ] > last_seq]
+        if lost and lost[0][_BEFORE] <= last_seq:
+            try:
+                for kept in lost:
+                    await self._journal.restore(self._opening, self._as_held(kept))
+            except Diverged:
+                pass
+            except Rewound:
+                if now - self._rewound_at < self._settings.rewind_grace_s:
+                    raise
+            else:
+                self._rewound_at = None
+                log.warning("frames put back stream=%s run=%s", self.stream, self.run)
+                return
+        self.lost = True
+        self.next_seq = 0
+        self.acknowledged = ORIGIN
+        self._let_go()
+        raise Diverged("The journal lost frames that it had accepted.", last_seq=last_seq)
+
+    def _as_held(self, kept: tuple[Any, ...]) -> Held:
+        values = iter(kept[_EVENTS:])
+        events = [Event(event, data) for event, data in zip(values, values, strict=True)]
+        ending = self.ended if kept[_LAST_SEQ] == self.acknowledged.seq else None
+        last_words = None if ending is None else self._last_words
+        frames = len(events) + (ending is not None) + (last_words is not None)
+        first = Cursor(kept[_LAST_SEQ] - frames + 1, kept[_MS])
+        return Held(first, kept[_PRODUCER_SEQ], events, kept[_TEXT_BYTES], last_words, ending)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
