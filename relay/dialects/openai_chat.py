@@ -6,11 +6,12 @@ on an event whose data has a member `error`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
 
-from relay.dialects.base import Signal
+from relay.dialects.base import Delta, Signal
 from relay.frame import Event
 from relay.lifecycle import Ending
 
@@ -38,7 +39,17 @@ class OpenAIChat:
             return Signal()
         if payload.get("error"):
             return Signal(error=_error_text(payload["error"], event))
-        return Signal(text_bytes=_text_bytes(payload.get("choices")))
+        text_bytes = 0
+        for _, _, text in _shown(payload):
+            text_bytes += len(text.encode())
+        return Signal(text_bytes)
+
+    def deltas(self, event: Event) -> Sequence[Delta]:
+        """`text` is content and `refusal` is refusal; the index is the choice's."""
+        payload = None if event.data.startswith(_DONE) else _payload(event)
+        if payload is None or payload.get("error"):
+            return ()
+        return [Delta(kind, _index(payload, place), text) for kind, place, text in _shown(payload)]
 
     def error_event(self, ending: Ending) -> Event | None:
         """`{"error": {…}}`, on which the SDKs raise."""
@@ -63,11 +74,18 @@ def _error_text(error: Any, event: Event) -> str:
     return event.data.decode(errors="replace")
 
 
-def _text_bytes(choices: Any) -> int:
-    total = 0
-    for choice in choices if isinstance(choices, list) else ():
+def _shown(payload: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
+    """Kind, place in the list of choices, and text."""
+    choices = payload.get("choices")
+    for place, choice in enumerate(choices if isinstance(choices, list) else ()):
         delta = choice.get("delta") if isinstance(choice, dict) else None
         if isinstance(delta, dict):
-            shown = (delta.get("content"), delta.get("refusal"))
-            total += sum(len(text.encode(errors="replace")) for text in shown if isinstance(text, str))
-    return total
+            for kind, member in (("text", "content"), ("refusal", "refusal")):
+                text = delta.get(member)
+                if text and isinstance(text, str):
+                    yield kind, place, text
+
+
+def _index(payload: dict[str, Any], place: int) -> int:
+    index = payload["choices"][place].get("index")
+    return index if type(index) is int else place

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from relay.dialects.base import Signal
+from collections.abc import Sequence
+
+from relay.dialects.base import Delta, Signal
 from relay.frame import Event
 from relay.lifecycle import Ending
 
@@ -16,6 +18,11 @@ class Raw:
     def read(self, event: Event) -> Signal:
         """Every byte counts as text."""
         return Signal(text_bytes=len(event.data))
+
+    def deltas(self, event: Event) -> Sequence[Delta]:
+        """All data is one text."""
+        text = event.data.decode(errors="replace")
+        return (Delta("text", 0, text),) if text else ()
 
     def error_event(self, ending: Ending) -> Event | None:
         """There is none: a broken raw answer is told by breaking the connection."""

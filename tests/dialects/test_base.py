@@ -20,7 +20,7 @@ json_values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["choices", "delta", "content", "refusal", "error", "message", "object", "x"]),
+            st.sampled_from(["choices", "delta", "content", "refusal", "error", "message", "index", "x"]),
             inner,
         )
     ),
@@ -33,6 +33,9 @@ def read_totally(dialect: Dialect, data: bytes) -> None:
     assert isinstance(signal, Signal)
     assert signal.text_bytes >= 0
     assert signal.error is None or isinstance(signal.error, str)
+    deltas = dialect.deltas(Event("", data))
+    assert all(delta.kind and delta.text and isinstance(delta.index, int) for delta in deltas)
+    assert signal.text_bytes == sum(len(delta.text.encode()) for delta in deltas)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
@@ -45,6 +48,12 @@ def test_any_text_is_read_without_an_exception(dialect: Dialect, text: str) -> N
 @given(value=json_values)
 def test_any_json_is_read_without_an_exception(dialect: Dialect, value: object) -> None:
     read_totally(dialect, json.dumps(value).encode(errors="replace"))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_any_bytes_are_read_without_an_exception(dialect: Dialect) -> None:
+    dialect.read(Event("", b"\xff{"))
+    dialect.deltas(Event("", b"\xff{"))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
@@ -61,3 +70,4 @@ def test_the_event_that_says_that_an_answer_broke_off_is_read_as_an_error(
     event = dialect.error_event(ending(reason))
     if event is not None:
         assert dialect.read(event).error
+        assert not dialect.deltas(event), "it is no text of the answer"

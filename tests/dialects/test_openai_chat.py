@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from relay.dialects.base import Signal
+from relay.dialects.base import Delta, Signal
 from relay.dialects.openai_chat import OpenAIChat, is_chunk
 from relay.frame import Event
 from relay.lifecycle import Reason, ending
@@ -37,6 +37,32 @@ def chunk(*deltas: Any) -> Event:
 )
 def test_text_is_the_content_and_refusal_of_every_choice(deltas: tuple[Any, ...], text_bytes: int) -> None:
     assert CHAT.read(chunk(*deltas)) == Signal(text_bytes=text_bytes)
+
+
+def test_a_part_is_the_content_or_the_refusal_of_one_choice() -> None:
+    choices = [
+        {"index": 1, "delta": {"content": "a", "refusal": "no"}},
+        {"delta": {"content": ""}},
+        {"index": True, "delta": {"content": "b"}},
+        {"index": "x", "delta": {"refusal": "c"}},
+    ]
+    assert CHAT.deltas(event({"choices": choices})) == [
+        Delta("text", 1, "a"),
+        Delta("refusal", 1, "no"),
+        Delta("text", 2, "b"),
+        Delta("refusal", 3, "c"),
+    ]
+
+
+@pytest.mark.parametrize("data", [b"[DONE]", b"[DONE] ", b"hello", b"[]", b"{}"])
+def test_what_is_no_chunk_shows_nothing(data: bytes) -> None:
+    assert not CHAT.deltas(Event("", data))
+
+
+def test_an_error_shows_no_text_even_beside_some() -> None:
+    said = event({"error": "boom", "choices": [{"delta": {"content": "a"}}]})
+    assert not CHAT.deltas(said)
+    assert CHAT.read(said).text_bytes == 0
 
 
 @pytest.mark.parametrize("data", [b"[DONE]", b"[DONE] "])
