@@ -20,7 +20,7 @@ import pytest
 from relay.cursor import ORIGIN, Cursor
 from relay.errors import JournalRefused, JournalUnavailable, RelayError, StartupError, UnknownStream
 from relay.frame import Event, Frame
-from relay.journal import sqlite
+from relay.journal import sqlite, sqlite_file, sqlite_store
 from relay.journal.base import Append, Appended, Claim, Page, RunOpening
 from relay.journal.sqlite import SqliteJournal
 from relay.lifecycle import Reason, ending
@@ -341,7 +341,7 @@ async def test_another_programs_database_is_refused(path: Path) -> None:
 async def test_a_newer_schema_is_refused(path: Path) -> None:
     await (await started(path)).close()
     with closing(sqlite3.connect(path)) as db:
-        db.execute(f"PRAGMA user_version = {sqlite.SCHEMA_VERSION + 1}")
+        db.execute(f"PRAGMA user_version = {sqlite_file.SCHEMA_VERSION + 1}")
     assert "newer relay" in await refusal_to_start(path)
 
 
@@ -352,7 +352,7 @@ async def test_an_unknown_synchronous_mode_is_refused(path: Path) -> None:
 
 @on_a_loop
 async def test_a_sqlite_that_is_too_old_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite, "MIN_SQLITE", (99, 0, 0))
+    monkeypatch.setattr(sqlite_file, "MIN_SQLITE", (99, 0, 0))
     assert "99.0.0 or newer" in await refusal_to_start(path)
 
 
@@ -441,7 +441,7 @@ async def test_a_follower_hears_nothing_of_what_was_refused(path: Path) -> None:
 async def test_a_database_locked_by_a_stranger_is_unavailable(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.01)
     journal = await started(path)
     await journal.open_run(opening())
     with closing(sqlite3.connect(path, isolation_level=None)) as stranger:
@@ -558,7 +558,7 @@ async def test_an_append_alone_is_committed_at_once(path: Path) -> None:
 async def test_state_dropped_from_the_cache_is_read_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "CACHE_MAX_ROWS", 2)
+    monkeypatch.setattr(sqlite_store, "CACHE_MAX_ROWS", 2)
     journal = await started(path)
     for n in range(10):
         await journal.open_run(opening(f"s{n}"))
@@ -745,5 +745,5 @@ def test_every_error_of_sqlite_that_is_not_our_mistake_has_a_name() -> None:
     for code, kind in expected.items():
         error = sqlite3.OperationalError("as SQLite says")
         error.sqlite_errorcode = code
-        answer = sqlite._journal_error(error)
+        answer = sqlite_file.journal_error(error)
         assert (type(answer) if answer else None) is kind
