@@ -154,7 +154,9 @@ class Store:
         self._moved_runs: dict[int, Run] = {}
         self._turned_runs: dict[int, Run] = {}
         self._answers: dict[int, str] = {}
-        (self._endings,) = db.execute("SELECT coalesce(max(ended_no), 0) FROM runs").fetchone()
+        (self._endings,) = db.execute(
+            "SELECT coalesce(max(ended_no), 0) FROM runs WHERE ended_no > 0"
+        ).fetchone()
         self._notices: list[Notice] = []
         self.unswept = True
         """Whether a sweep is due at once: after a start, a deletion, and a sweep that left something."""
@@ -280,8 +282,9 @@ class Store:
         stream = self._clear_of_expired(name, now)
         if stream is None:
             return
+        how = ending(Reason.STREAM_DELETED)
         for run in self._open_runs(stream):
-            self._end(stream, run, ending(Reason.STREAM_DELETED), {}, now)
+            self._end(stream, run, how, detect.error_events(how), now)
         self._bury(stream, now)
 
     # Operations on runs.
@@ -457,7 +460,7 @@ class Store:
         except (UnknownStream, UnknownRun):
             return None
         if run.status is not Status.OPEN:
-            return None
+            return Ended(False, run.status, run.reason, run.owner, run.text_bytes)
         due_ms = run.when_due(reachable_since_ms)
         if due_ms == 0 or due_ms > now:
             run.due_ms = due_ms
@@ -472,11 +475,12 @@ class Store:
         """End the open runs that belong to a process other than this owner, which must be a former one."""
         now = self._clock_ms()
         orphans = self._db.execute(
-            "SELECT streams.name, runs.name FROM runs JOIN streams ON streams.id = stream_id "
+            "SELECT streams.name, runs.name FROM runs INDEXED BY runs_open "
+            "JOIN streams ON streams.id = stream_id "
             f"WHERE status = 'open' AND owner NOT IN ('', :owner) AND {LIVE} ORDER BY runs.id",
             {"owner": owner, "now": now},
         ).fetchall()
-        how = ending(Reason.OWNER_LOST)
+        how = ending(Reason.OWNER_LOST, "The relay process that read this answer is gone.")
         said = detect.error_events(how)
         for stream_name, name in orphans:
             stream, run = self._known_run(stream_name, name, now)
