@@ -141,7 +141,7 @@ class Reader:
                 generation = tail.generation
                 page = await self._read_page()
             except UnknownStream:
-                if self._patience.waits_while(True):
+                if self._waits_while(tail, True):
                     await self._wait(tail, JOURNAL_RETRY_S)
                     continue
                 return ReaderEnd.DELETED
@@ -149,7 +149,7 @@ class Reader:
                 await self._wait(tail, JOURNAL_RETRY_S)
                 continue
             standing = self._standing(page)
-            if self._patience.waits_while(standing is Standing.AHEAD):
+            if self._waits_while(tail, standing is Standing.AHEAD):
                 await self._wait(tail, JOURNAL_RETRY_S)
                 continue
             self._generation = generation
@@ -175,6 +175,10 @@ class Reader:
             return await self._tails.journal.read(
                 self.stream, self.position, PAGE_MAX_FRAMES, WRITE_MAX_BYTES
             )
+
+    def _waits_while(self, tail: Tail, behind: bool) -> bool:
+        # A tail that began a new generation meanwhile has waited for the journal already.
+        return self._patience.waits_while(behind and tail.generation == self._generation)
 
     async def _show(self, write: Write) -> None:
         """Write the page read last, and before it what was lost, if anything was."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from relay.cursor import ORIGIN, Cursor
 from relay.errors import JournalUnavailable
 from relay.frame import Event, Frame
-from relay.journal.base import Append, Follower, Page, RunOpening, StreamInfo
+from relay.journal.base import Append, Follower, Page, RunOpening, StreamInfo, StreamTop
 from relay.journal.sqlite import SqliteJournal
 from relay.lifecycle import Reason, ending
 from relay.limits import Retention
@@ -25,7 +26,8 @@ DEADLINE_S = 60
 class DoubtfulJournal:
     """A `SqliteJournal` with these differences: while `withheld` is a list, hints are put there instead of
     being told; `failing` counts down reads that fail; reads wait while `gate` is closed, before they ask or,
-    with `answer_first`, after. `reads` counts pages and descriptions asked for."""
+    with `answer_first`, after. `reads` counts pages and descriptions asked for. While `lost_after` is an id,
+    the journal reads as if it had lost every frame behind that one."""
 
     def __init__(self, path: Path) -> None:
         # No two things happen in the same millisecond, so that no two lives have ids in common by chance.
@@ -33,6 +35,7 @@ class DoubtfulJournal:
         self.withheld: list[tuple[str, Cursor, Sequence[Frame]]] | None = None
         self.failing = 0
         self.reads = 0
+        self.lost_after: Cursor | None = None
         self.gate = asyncio.Event()
         self.gate.set()
         self.answer_first = False
@@ -54,6 +57,9 @@ class DoubtfulJournal:
 
     def on_deleted(self, stream: str) -> None:
         self.follower.on_deleted(stream)
+
+    def on_sealed(self, stream: str) -> None:
+        self.follower.on_sealed(stream)
 
     def on_doubt(self, stream: str) -> None:
         self.follower.on_doubt(stream)
@@ -85,11 +91,22 @@ class DoubtfulJournal:
 
     async def read(self, stream: str, after: Cursor, max_frames: int, max_bytes: int) -> Page:
         page: Page = await self._asked(lambda: self.real.read(stream, after, max_frames, max_bytes))
-        return page
+        lost_after = self.lost_after
+        if lost_after is None:
+            return page
+        return page._replace(
+            extent=page.extent._replace(top=lost_after),
+            anchor_ms=page.anchor_ms if after.seq <= lost_after.seq else None,
+            frames=[frame for frame in page.frames if frame.seq <= lost_after.seq],
+        )
 
     async def describe(self, stream: str) -> StreamInfo:
         info: StreamInfo = await self._asked(lambda: self.real.describe(stream))
-        return info
+        return (
+            info
+            if self.lost_after is None
+            else replace(info, extent=info.extent._replace(top=self.lost_after))
+        )
 
 
 class Stage:
@@ -121,12 +138,17 @@ class Stage:
             )
         )
 
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that the loop's other tasks bring about."""
+        while not condition():
+            await self.journal.real.tops([])
+
     async def settled(self, stream: str = "s") -> None:
         """Wait until the tail agrees with the journal."""
         tail = self.tails.acquire(stream)
         try:
             while True:
-                top = (await self.journal.real.tops([stream])).get(stream, ORIGIN)
+                top = (await self.journal.real.tops([stream])).get(stream, StreamTop(ORIGIN, False)).id
                 if tail.known and tail.top == top and tail._settling is None:
                     return
         finally:

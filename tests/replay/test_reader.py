@@ -177,9 +177,68 @@ def test_a_reader_is_told_that_its_stream_was_deleted_though_it_was_reading_a_pa
     asyncio.run(test())
 
 
-def test_a_reader_hears_of_a_deletion_whose_message_was_lost(tmp_path: Path) -> None:
+def test_a_reader_is_shown_how_an_open_run_ended_before_it_hears_of_the_deletion(tmp_path: Path) -> None:
     async def test() -> None:
         async with staged(tmp_path) as stage:
+            await stage.open()
+            async with Client(stage) as client:
+                await client.until('"live"')
+                await client.rested()
+                await stage.journal.delete("s")
+                assert await client.task is ReaderEnd.DELETED
+            assert '"reason":"stream_deleted"' in client.text
+            assert client.shape[-2:] == ["<run.ended>", "<bye>"]
+
+    asyncio.run(test())
+
+
+def test_p8_a_reader_waits_for_a_journal_that_gets_back_what_it_lost(tmp_path: Path) -> None:
+    """Its tail is a new one, which knows no more than the journal has now."""
+
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            await stage.say("a")
+            lost_after = (await stage.journal.real.tops(["s"]))["s"].id
+            await stage.say("b")
+            async with Client(stage) as client:
+                await client.until("data: b")
+                stage.journal.lost_after = lost_after
+                tail = client.reader._tail
+                tail.forget()
+                tail.top = tail._floor = lost_after
+                reads = stage.journal.reads
+                client.reader.wake()
+                await stage.until(lambda: stage.journal.reads >= reads + 3)
+                stage.journal.lost_after = None
+                await stage.say("c")
+                await client.until("data: c")
+                assert client.words == ["a", "b", "c"]
+                assert "<reset>" not in client.shape
+
+    asyncio.run(test())
+
+
+def test_p8_a_reader_of_a_journal_that_gets_nothing_back_is_reset(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, rewind_grace_s=0.1) as stage:
+            await stage.open()
+            await stage.say("a")
+            lost_after = (await stage.journal.real.tops(["s"]))["s"].id
+            await stage.say("b")
+            async with Client(stage) as client:
+                await client.until("data: b")
+                stage.journal.lost_after = lost_after
+                stage.tails.on_doubt("s")
+                await client.until('"reset","reason":"diverged"')
+                assert client.words == ["a", "b"]
+
+    asyncio.run(test())
+
+
+def test_a_reader_hears_of_a_deletion_whose_message_was_lost(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, rewind_grace_s=0) as stage:
             await stage.open()
             stage.journal.on_deleted = lambda stream: None
             async with Client(stage) as client:

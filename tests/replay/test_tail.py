@@ -213,6 +213,84 @@ def test_a_stream_that_was_sealed_when_it_was_made_is_known_to_finish(tmp_path: 
     asyncio.run(test())
 
 
+def test_a_tail_hears_that_its_stream_was_sealed(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            tail = await followed(stage)
+            await stage.say("a", end=True)
+            await stage.settled()
+            assert not tail.finished
+            tail.wait(sleeping := Sleeping())
+            await stage.journal.seal("s")
+            await sleeping.woken.wait()
+            assert tail.finished
+
+    asyncio.run(test())
+
+
+def test_a_tail_that_was_not_told_of_sealing_finds_out(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            tail = await followed(stage)
+            await stage.say("a", end=True)
+            await stage.settled()
+            stage.journal.on_sealed = lambda stream: None
+            await stage.journal.seal("s")
+            tail.active_at = -1e9
+            await stage.tails.check_quiet()
+            assert tail.finished
+
+    asyncio.run(test())
+
+
+def test_a_tail_knows_which_runs_are_open(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            tail = stage.tails.acquire("s")
+            assert tail.run_is_open("r") is None
+            await stage.open()
+            await stage.settled()
+            assert (tail.run_is_open("r"), tail.run_is_open("other")) == (True, False)
+            await stage.say("a", end=True)
+            await stage.settled()
+            assert tail.run_is_open("r") is False
+
+    asyncio.run(test())
+
+
+def test_p8_a_journal_that_gets_back_what_it_lost_resets_nobody(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            tail = await followed(stage)
+            await stage.say("a")
+            await stage.settled()
+            stage.journal.lost_after = tail.top
+            await stage.say("b", "c")
+            reads = stage.journal.reads
+            tail.doubt()
+            await stage.until(lambda: stage.journal.reads >= reads + 3)
+            stage.journal.lost_after = None
+            await stage.settled()
+            assert (held(tail), tail.generation) == (["a", "b", "c"], 0)
+
+    asyncio.run(test())
+
+
+def test_p8_a_journal_that_gets_nothing_back_is_another_generation(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, rewind_grace_s=0.1) as stage:
+            tail = await followed(stage)
+            await stage.say("a")
+            await stage.settled()
+            stage.journal.lost_after = before = tail.top
+            await stage.say("b", "c")
+            tail.doubt()
+            await stage.until(lambda: tail.generation == 1)
+            assert (held(tail), tail.top) == ([], before)
+
+    asyncio.run(test())
+
+
 def test_p6_the_ring_holds_no_more_than_its_bounds(tmp_path: Path) -> None:
     async def test() -> None:
         async with staged(tmp_path, ring_max_frames=20, ring_max_bytes=2000) as stage:
