@@ -27,12 +27,13 @@ from relay.errors import (
     UnknownStream,
     UpgradeUnsupported,
 )
-from relay.ingest.proxy import Call, ClientGone, Passed, Proxy, RunAnswer
+from relay.ingest.owned import OwnedRuns
+from relay.ingest.proxy import Call, ClientGone, Passed, Proxy, RunAnswer, StartedRun
 from relay.ingest.upstream import TruncatedBody, Upstream
 from relay.journal.base import Journal
 from relay.lifecycle import Reason, Status, ending
 from relay.metrics import Metrics
-from relay.replay.reader import Reader, ReaderEnd, Readers, cursor_gone, ended_at
+from relay.replay.reader import Reader, ReaderEnd, Readers, cursor_gone, ended_at, read_presented
 from relay.replay.response import (
     CONNECTION,
     STREAMING_HEADERS,
@@ -65,11 +66,14 @@ class App:
         self.tails = Tails(journal, settings)
         self.readers = Readers(settings.heartbeat_s, settings.write_timeout_s)
         self.draining = False
+        self.owned = OwnedRuns(settings, self.metrics.run_ended)
         self._upstream = Upstream(settings.upstream, settings) if settings.upstream else None
         self._proxy = (
             None
             if self._upstream is None
-            else Proxy(self._upstream, journal, settings, self.tails.readers_of, self.metrics.run_ended)
+            else Proxy(
+                self._upstream, journal, settings, self.owned, self.tails.readers_of, self.metrics.run_ended
+            )
         )
         self._api = Api(self)
         self._caretaker: asyncio.Task[None] | None = None
@@ -78,7 +82,7 @@ class App:
 
     async def start(self) -> None:
         """Connect to the journal; raises `StartupError`."""
-        await self.journal.start(self.tails)
+        await self.journal.start(self.tails, self.owned)
         if self._upstream is not None:
             await self._upstream.start()
         self._caretaker = asyncio.create_task(self._take_care())
@@ -163,6 +167,8 @@ class App:
             opened = await self._open(self._proxy, call, scope)
             if isinstance(opened, Passed):
                 await _pass_on(opened, call.method, scope, send)
+            elif isinstance(opened, StartedRun):
+                await _send_started(opened, send)
             elif opened.info is None:
                 await self._serve_run(opened, opened.start, None, browser, scope, send)
             else:
@@ -173,7 +179,7 @@ class App:
             await self._ask_to_come_back(error, send)
 
     @staticmethod
-    async def _open(proxy: Proxy, call: Call, scope: Scope) -> Passed | RunAnswer:
+    async def _open(proxy: Proxy, call: Call, scope: Scope) -> Passed | RunAnswer | StartedRun:
         """Ask upstream. On paths that are never journaled a client that leaves takes the call with it."""
         if not proxy.passes(call.path):
             return await proxy.open(call)
@@ -371,6 +377,23 @@ def _is_event_source(call: Call) -> bool:
         and call.header("accept").lower() == EVENT_STREAM
         and call.header("sec-fetch-dest") != ""
     )  # fmt: skip
+
+
+async def _send_started(started: StartedRun, send: Send) -> None:
+    """The answer to `Prefer: respond-async` (RFC 7240 section 4.1)."""
+    cursor = str(started.cursor)
+    document = {"stream": started.stream, "run": started.run, "cursor": cursor}
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"cache-control", b"no-store"),
+        (b"preference-applied", b"respond-async"),
+        (b"relay-stream", started.stream.encode()),
+        (b"relay-run", started.run.encode()),
+        (b"relay-cursor", cursor.encode()),
+    ]
+    if started.frames_after is not None:
+        headers.append((b"relay-frames-after", b"%d" % started.frames_after))
+    await send_whole(202, headers, orjson.dumps(document), send)
 
 
 async def _pass_on(passed: Passed, method: str, scope: Scope, send: Send) -> None:

@@ -7,8 +7,8 @@ import hashlib
 import ipaddress
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -16,11 +16,13 @@ from typing import Any
 import orjson
 
 from relay.cursor import Cursor
-from relay.dialects.detect import BY_NAME, by_path
+from relay.dialects.base import Dialect
+from relay.dialects.detect import BY_NAME, by_path, error_events
 from relay.errors import (
     BodyTooLarge,
     Busy,
     InvalidName,
+    InvalidParameter,
     JournalError,
     JournalRefused,
     JournalUnavailable,
@@ -28,18 +30,21 @@ from relay.errors import (
     RelayError,
     ResumeUnknown,
     StartupError,
+    StreamBusy,
     StreamSealed,
     UnknownRun,
     UnknownStream,
+    UpstreamError,
     UpstreamInvalid,
 )
 from relay.ingest.naming import naming_rules, parse_json
-from relay.ingest.pump import Lines, Pump, ServerSentEvents
-from relay.ingest.upstream import Answer, Headers, Inflater, Upstream, end_to_end
+from relay.ingest.owned import OwnedRuns
+from relay.ingest.pump import Called, CallingPump, Lines, Parser, Pump, ServerSentEvents
+from relay.ingest.upstream import Answer, Headers, Inflater, Upstream, UpstreamRequest, end_to_end
 from relay.ingest.writer import RunWriter
 from relay.journal.base import Journal, Opened, RunInfo, RunOpening
 from relay.lifecycle import Ending, Reason, ending
-from relay.limits import METADATA_MAX_BYTES, check_stream_name
+from relay.limits import METADATA_MAX_BYTES, check_run_name, check_stream_name
 from relay.ndjson import NDJSON
 from relay.settings import Settings
 from relay.sse import EVENT_STREAM
@@ -56,7 +61,16 @@ _NOT_OF_A_STREAM = (
     b"content-length", b"content-encoding", b"etag", b"digest", b"content-digest", b"repr-digest",
     b"content-md5", b"accept-ranges", b"last-modified", b"age", b"expires", b"cache-control",
     b"x-accel-buffering", b"relay-stream", b"relay-run", b"relay-cursor", b"relay-metadata",
+    b"relay-frames-after",
 )  # fmt: skip
+
+# What a request tells relay about its run, and not upstream.
+_FOR_RELAY = (b"relay-supersedes", b"relay-if-busy")
+
+IF_BUSY = ("allow", "reject", "supersede")
+
+SUPERSEDES_MAX = 100
+"""Runs that one opening may name to supersede."""
 
 ANSWER_MAX_BYTES = 16 * 1024
 """Bound of the answer head kept for later responses; beyond it only the content type is kept."""
@@ -68,6 +82,9 @@ CLAIM_POLL_S = 0.1
 
 UNWRITTEN_MAX = 1000
 """Endings kept for a journal that is away; beyond that the oldest is given up."""
+
+
+_SAID_OF_THE_SUPERSEDED = error_events(ending(Reason.SUPERSEDED))
 
 
 class ClientGone(Exception):
@@ -135,6 +152,44 @@ class RunAnswer:
         return RunAnswer(stream, info.run, info.token, info.start, kept["status"], headers, pump, info)
 
 
+@dataclass(frozen=True, slots=True)
+class StartedRun:
+    """A run that goes on in the background, and where it begins. `frames_after` is None when it superseded
+    nothing."""
+
+    stream: str
+    run: str
+    cursor: Cursor
+    frames_after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunWishes:
+    """What a caller may say of the run it asks for; see `RunOpening`. An empty `run` is given a name."""
+
+    run: str = ""
+    dialect: str = ""
+    metadata: str = ""
+    seal: bool = False
+    supersedes: Sequence[str] = ()
+    if_busy: str = "allow"
+
+
+def read_wishes(call: Call) -> RunWishes:
+    """The wishes in a request's headers; raises `InvalidParameter`, `InvalidName`."""
+    if_busy = call.header("relay-if-busy") or "allow"
+    if if_busy not in IF_BUSY:
+        raise InvalidParameter(f"Relay-If-Busy is one of {', '.join(IF_BUSY)}.")
+    given = call.all_of("relay-supersedes")
+    supersedes = [name.strip() for name in ",".join(given).split(",")] if given else []
+    if len(supersedes) > SUPERSEDES_MAX:
+        raise InvalidParameter(f"Relay-Supersedes names {SUPERSEDES_MAX} runs at most.")
+    for name in supersedes:
+        if name != "latest":
+            check_run_name(name)
+    return RunWishes(supersedes=supersedes, if_busy=if_busy)
+
+
 @dataclass(slots=True)
 class Passed:
     """An answer that is not journaled, to be passed on as it comes."""
@@ -146,8 +201,8 @@ class Passed:
 class Proxy:
     """Calls upstream, opens runs and owns their pumps.
 
-    `readers_of` tells how many readers of this process a stream has; `on_ended` is called with the ending
-    and the bytes of text of every run that ends here.
+    `owned` is told of every run; `readers_of` tells how many readers of this process a stream has;
+    `on_ended` is called with the ending and the bytes of text of every run that is ended here.
     """
 
     def __init__(
@@ -155,6 +210,7 @@ class Proxy:
         upstream: Upstream,
         journal: Journal,
         settings: Settings,
+        owned: OwnedRuns,
         readers_of: Callable[[str], int],
         on_ended: Callable[[Ending, int], None],
     ) -> None:
@@ -163,17 +219,18 @@ class Proxy:
         self._upstream = upstream
         self._journal = journal
         self._settings = settings
+        self._owned = owned
         self._readers_of = readers_of
         self._on_ended = on_ended
         self._naming = naming_rules(settings.stream_from)
         self._named_dialect = BY_NAME.get(settings.dialect)
         self._pumps: dict[tuple[str, str], Pump] = {}
-        self._opening = 0
-        self._unwritten: dict[tuple[str, str], Callable[[], Awaitable[None]]] = {}
+        self._openings: set[asyncio.Future[None]] = set()
+        self._unwritten: dict[tuple[str, str], tuple[RunWriter, Callable[[], Awaitable[None]]]] = {}
         self._finishing: set[asyncio.Task[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
-        self._owner = secrets.token_urlsafe(16)
+        self._shut = False
 
     @property
     def open_runs(self) -> int:
@@ -182,7 +239,7 @@ class Proxy:
 
     @property
     def _is_full(self) -> bool:
-        return len(self._pumps) + self._opening >= self._settings.open_runs_max
+        return len(self._pumps) + len(self._openings) >= self._settings.open_runs_max
 
     # Requests
 
@@ -190,7 +247,7 @@ class Proxy:
         """Whether a path is never journaled, and closed with its client at every moment."""
         return any(fnmatchcase(path, glob) for glob in self._settings.passthrough)
 
-    async def open(self, call: Call) -> Passed | RunAnswer:
+    async def open(self, call: Call) -> Passed | RunAnswer | StartedRun:
         """Send a request to upstream, or find the run an earlier one with the same key led to.
 
         A client that leaves meanwhile does not stop this: whether the answer is a run, which goes on without
@@ -200,23 +257,45 @@ class Proxy:
         if self.passes(call.path):
             answer = await self._call(call, call.body)
             return Passed(answer, end_to_end(answer.headers))
+        wishes = read_wishes(call)
+        key = call.header("idempotency-key")
+        others = _preferences_without_async(call)
+        if others is not None and call.method != "HEAD":
+            return await self._open_async(call, others, wishes, key)
         if self._is_full and call.header("accept").lower() == EVENT_STREAM:
             raise Busy(_TOO_MANY_RUNS)  # it can only want a stream, so upstream need not be called in vain
-        key = call.header("idempotency-key")
         body: AsyncIterator[bytes] | bytes | None = call.body
         if key:
-            body, rest = await self._begin_body(call)
-            if rest is not None:
-                raise BodyTooLarge(
-                    "The body is larger than relay buffers for an Idempotency-Key.",
-                    limit=self._settings.buffered_body_max_bytes,
-                )
-            return await self._open_keyed(call, body, self._name(call, body), key)
+            body = await self._whole_body(call, "for an Idempotency-Key")
+            name = self._name(call, body)
+            begin = partial(self._open, call, body, name, wishes)
+            joined = await self._join(call, body, name, key, begin)
+            if isinstance(joined, tuple):
+                return await self._joined_answer(call, *joined)
+            return joined
         if self._naming.needs_body and "json" in call.header("content-type"):
             begun, rest = await self._begin_body(call)
             name = self._name(call, begun if rest is None else None)
-            return await self._open(call, begun if rest is None else _joined(begun, rest), name)
-        return await self._open(call, body, self._name(call, None))
+            return await self._open(call, begun if rest is None else _joined(begun, rest), name, wishes)
+        return await self._open(call, body, self._name(call, None), wishes)
+
+    async def _open_async(
+        self, call: Call, preferences: Sequence[str], wishes: RunWishes, key: str
+    ) -> Passed | RunAnswer | StartedRun:
+        """Open the run first; upstream is called behind the answer."""
+        body = await self._whole_body(call, "for a request that is answered before it is sent")
+        name = self._name(call, body)
+        headers = end_to_end(call.headers, *_FOR_RELAY, b"expect", b"accept-encoding", b"prefer")
+        headers += [(b"prefer", preference.encode("latin-1")) for preference in preferences]
+        request = UpstreamRequest(call.method, call.target, headers, body)
+        begin = partial(self.start_run, name, request, wishes)
+        if not key:
+            return await begin()
+        joined = await self._join(call, body, name, key, begin)
+        if not isinstance(joined, tuple):
+            return joined
+        info = await self._known(*joined)
+        return StartedRun(joined[0], info.run, info.start)
 
     def _name(self, call: Call, body: bytes | None) -> str:
         """The stream's name as the request tells it. Raises `InvalidName` for one the caller gave itself;
@@ -228,13 +307,14 @@ class Proxy:
         return name
 
     async def _open(
-        self, call: Call, body: AsyncIterator[bytes] | bytes | None, stream: str
+        self, call: Call, body: AsyncIterator[bytes] | bytes | None, stream: str, wishes: RunWishes
     ) -> Passed | RunAnswer:
+        await self._refuse_if_busy(stream, wishes)
         answer = await self._call(call, body)
         try:
-            if not self._is_stream(call, answer):
+            if not _is_stream(call.method, answer):
                 return Passed(answer, end_to_end(answer.headers))
-            return await self._open_run(call, answer, stream)
+            return await self._open_run(call, answer, stream, wishes)
         except JournalError as error:
             log.warning("a stream begins without the journal (%s): %s", self._settings.journal_down, error)
             if self._settings.journal_down == "passthrough":
@@ -247,8 +327,28 @@ class Proxy:
             raise
 
     async def _call(self, call: Call, body: AsyncIterator[bytes] | bytes | None) -> Answer:
-        headers = end_to_end(call.headers, b"expect", b"accept-encoding")
+        headers = end_to_end(call.headers, *_FOR_RELAY, b"expect", b"accept-encoding")
         return await self._upstream.call(call.method, call.target, headers, body)
+
+    async def _refuse_if_busy(self, stream: str, wishes: RunWishes) -> None:
+        """Spare upstream a call whose answer could not be journaled. The opening asks again, atomically."""
+        if not stream or wishes.if_busy != "reject":
+            return
+        try:
+            open_runs = (await self._journal.describe(stream)).open_runs
+        except (JournalError, UnknownStream):
+            return
+        if open_runs:
+            raise StreamBusy("The stream has an open run.", open_runs=list(open_runs))
+
+    async def _whole_body(self, call: Call, what_for: str) -> bytes | None:
+        body, rest = await self._begin_body(call)
+        if rest is not None:
+            raise BodyTooLarge(
+                f"The body is larger than relay buffers {what_for}.",
+                limit=self._settings.buffered_body_max_bytes,
+            )
+        return body
 
     async def _begin_body(self, call: Call) -> tuple[bytes | None, AsyncIterator[bytes] | None]:
         """The body as far as relay buffers one, and the rest of it if it is longer."""
@@ -261,57 +361,127 @@ class Proxy:
                 return bytes(body), call.body
         return bytes(body), None
 
-    @staticmethod
-    def _is_stream(call: Call, answer: Answer) -> bool:
-        if call.method == "HEAD" or answer.status not in _STREAM_STATUSES:
-            return False
-        return answer.media_type == EVENT_STREAM or answer.media_type in LINE_TYPES
-
     # Runs
 
-    async def _open_run(self, call: Call, answer: Answer, stream: str) -> RunAnswer:
+    async def _open_run(self, call: Call, answer: Answer, stream: str, wishes: RunWishes) -> RunAnswer:
         if self._draining or self._is_full:
             raise Busy(_TOO_MANY_RUNS)
+        parser, dialect = self._reading(answer, call.path)
+        named = _stream_named_by(answer) or (check_stream_name(stream) if stream else "")
+        head = _head(answer)
+        wishes = replace(wishes, metadata=_metadata_of(answer))
+        opening = self._opening(named, wishes, dialect, _kept_head(answer.status, head))
+
+        def pump_of(writer: RunWriter) -> Pump:
+            return Pump(writer, answer, parser, dialect, self._now())
+
+        pump, opened = await self._begin(opening, pump_of)
+        if opened.superseded:
+            head.append((b"relay-frames-after", b"%d" % opened.frames_after))
+        return RunAnswer(opening.stream, opening.run, opening.token, opened.start, answer.status, head, pump)
+
+    async def start_run(self, stream: str, request: UpstreamRequest, wishes: RunWishes) -> StartedRun:
+        """Open a run in a stream ("": a fresh one, sealed with it), and call upstream for it in the
+        background. An answer that is no stream becomes one frame, or the error that the run fails with.
+
+        Raises `Busy`, `InvalidName`, `InvalidParameter`, and what `Journal.open_run` raises."""
+        if self._draining or self._is_full:
+            raise Busy(_TOO_MANY_RUNS)
+        if wishes.dialect and wishes.dialect not in BY_NAME:
+            raise InvalidParameter(f"A dialect is one of {', '.join(BY_NAME)}.")
+        dialect = BY_NAME.get(wishes.dialect) or self._named_dialect
+        opening = self._opening(check_stream_name(stream) if stream else "", wishes, dialect, "")
+
+        def pump_of(writer: RunWriter) -> Pump:
+            call = partial(self._answer_to, request, dialect)
+            return CallingPump(writer, call, dialect, self._now(), self._settings.frame_max_bytes)
+
+        _, opened = await self._begin(opening, pump_of)
+        frames_after = opened.frames_after if opened.superseded else None
+        return StartedRun(opening.stream, opening.run, opened.start, frames_after)
+
+    async def _answer_to(self, request: UpstreamRequest, dialect: Dialect | None) -> Called:
+        """Upstream's answer to a call of relay's own."""
+        answer = await self._upstream.call(request.method, request.target, request.headers, request.body)
+        try:
+            kept_head = _kept_head(answer.status, _head(answer))
+            if not _is_stream(request.method, answer):
+                return Called(answer, None, dialect, kept_head)
+            parser, found = self._reading(answer, request.path)
+            return Called(answer, parser, dialect or found, kept_head)
+        except BaseException:
+            answer.close()
+            raise
+
+    def _reading(self, answer: Answer, path: str) -> tuple[Parser, Dialect | None]:
+        """How a stream is read, and its dialect if that shows before its first event."""
         coding = answer.header(b"content-encoding").lower()
         if coding not in ("", "identity", *Inflater.CODINGS):
             raise UpstreamInvalid(f"Upstream was asked for identity and sent its stream as {coding!r}.")
-        named = _stream_named_by(answer) or (check_stream_name(stream) if stream else "")
         sse = answer.media_type == EVENT_STREAM
-        dialect = self._named_dialect or (by_path(call.path) if sse else None)
-        head = self._head(answer)
-        opening = RunOpening(
-            stream=named or secrets.token_hex(16),
-            run=secrets.token_hex(12),
+        parser = (ServerSentEvents if sse else Lines)(self._settings.frame_max_bytes)
+        return parser, self._named_dialect or (by_path(path) if sse else None)
+
+    def _opening(self, stream: str, wishes: RunWishes, dialect: Dialect | None, kept_head: str) -> RunOpening:
+        supersedes = wishes.supersedes or wishes.if_busy == "supersede"
+        return RunOpening(
+            stream=stream or secrets.token_hex(16),
+            run=wishes.run or secrets.token_hex(12),
             writer=secrets.token_urlsafe(16),
             token=secrets.token_urlsafe(24),
             retention=self._settings.retention,
             dialect="" if dialect is None else dialect.name,
-            metadata=_metadata_of(answer),
-            answer=_kept_head(answer.status, head),
-            seal=not named,
+            metadata=wishes.metadata,
+            answer=kept_head,
+            seal=wishes.seal or not stream,
+            owner=self._owned.name,
+            supersedes=wishes.supersedes,
+            if_busy=wishes.if_busy,
+            error_events=_SAID_OF_THE_SUPERSEDED if supersedes else {},
+            deliver=bool(self._settings.webhook_url),
         )
-        writer = RunWriter(
-            self._journal, opening.stream, opening.run, opening.writer, self._settings.journal_deadline_s
-        )
-        self._opening += 1
+
+    async def _begin(self, opening: RunOpening, pump_of: Callable[[RunWriter], Pump]) -> tuple[Pump, Opened]:
+        """Open a run and start its pump."""
+        writer = RunWriter(self._journal, opening, self._settings, self._owned.memory)
+        pump = pump_of(writer)
+        self._owned.add(writer, pump.over)
+        done = asyncio.get_running_loop().create_future()
+        self._openings.add(done)
         try:
             opened = await self._opened(opening)
-        except StreamSealed:
-            log.warning("stream=%s is sealed; upstream's answer cannot be journaled", opening.stream)
-            raise
         except JournalUnavailable:
             # The run may have been opened: then it must end, and nobody else knows of it.
             self._write_later(writer, partial(_end_unanswered, writer))
             raise
+        except BaseException as error:
+            self._owned.discard(writer)
+            if isinstance(error, StreamSealed):
+                log.warning("stream=%s is sealed; upstream's answer cannot be journaled", opening.stream)
+            raise
         finally:
-            self._opening -= 1
-        parser = (ServerSentEvents if sse else Lines)(self._settings.frame_max_bytes)
-        pump = Pump(writer, answer, parser, dialect, self._now())
+            self._openings.discard(done)
+            done.set_result(None)
+        writer.opened(opened)
+        self._tell_superseded(opening, opened)
         self._pumps[opening.stream, opening.run] = pump
         self._spawn(self._run(pump), self._tasks)
-        return RunAnswer(
-            opening.stream, opening.run, opening.token, opened.start, answer.status, head, pump
-        )
+        if self._shut:
+            pump.stop(_shut_down())
+        return pump, opened
+
+    def _tell_superseded(self, opening: RunOpening, opened: Opened) -> None:
+        # The new run holds one `run.superseded` for each of those that had ended before.
+        ended_now = len(opened.superseded) - (opened.last.seq - opened.first.seq)
+        for _ in range(ended_now):
+            self._on_ended(ending(Reason.SUPERSEDED), 0)
+        if opened.frames_after:
+            log.warning(
+                "stream=%s run=%s supersedes %s: %d frames of other runs (%s) stand at or after the start of "
+                "the first superseded run; they are not rolled back",
+                opening.stream, opening.run, ", ".join(opened.superseded), opened.frames_after,
+                ", ".join(opened.runs_after),
+            )  # fmt: skip
 
     async def _opened(self, opening: RunOpening) -> Opened:
         """Open a run, and ask once more if a connection broke under the question."""
@@ -330,7 +500,9 @@ class Proxy:
         finally:
             del self._pumps[key]
         self._count(pump)
-        if pump.unwritten is not None:
+        if pump.unwritten is None:
+            self._owned.discard(pump.writer)
+        else:
             self._write_later(pump.writer, partial(self._write_kept, pump))
         self._spawn(pump.let_upstream_finish(), self._finishing)
 
@@ -340,22 +512,13 @@ class Proxy:
 
     def _write_later(self, writer: RunWriter, write: Callable[[], Awaitable[None]]) -> None:
         while len(self._unwritten) >= UNWRITTEN_MAX:
-            self._unwritten.pop(next(iter(self._unwritten)))
-        self._unwritten[writer.stream, writer.run] = write
+            oldest, _ = self._unwritten.pop(next(iter(self._unwritten)))
+            self._owned.discard(oldest)
+        self._unwritten[writer.stream, writer.run] = writer, write
 
     async def _write_kept(self, pump: Pump) -> None:
         await pump.write_kept()
         self._count(pump)
-
-    @staticmethod
-    def _head(answer: Answer) -> Headers:
-        headers = end_to_end(answer.headers, *_NOT_OF_A_STREAM)
-        vary = [value for name, value in headers if name == b"vary"]
-        headers = [(name, value) for name, value in headers if name != b"vary"]
-        # First, because Chromium takes a head that was cut in an orderly way for whole, and gives up for ever
-        # on an event stream without its type.
-        headers.sort(key=lambda header: header[0] != b"content-type")
-        return [*headers, (b"vary", b", ".join([*vary, b"Last-Event-ID"]))]
 
     def pump(self, stream: str, run: str) -> Pump | None:
         """The pump of a run whose upstream this process reads."""
@@ -367,10 +530,35 @@ class Proxy:
 
     # Idempotency keys
 
-    async def _open_keyed(
-        self, call: Call, body: bytes | None, stream: str, key: str
-    ) -> Passed | RunAnswer:
-        """One run per key: the first request calls upstream, the others join its run.
+    async def _known(self, stream: str, run: str) -> RunInfo:
+        try:
+            return await self._journal.run(stream, run)
+        except (UnknownStream, UnknownRun):
+            raise ResumeUnknown("The answer to this Idempotency-Key is not kept any more.") from None
+
+    async def _joined_answer(self, call: Call, stream: str, run: str) -> RunAnswer:
+        """The answer of the run a key led to. One that was begun in the background may have no head yet."""
+        info = await self._known(stream, run)
+        while not info.answer:
+            if info.ended_ms:
+                raise UpstreamError(info.error or "The run ended before upstream answered.")
+            if call.client_gone():
+                raise ClientGone
+            if self._draining:
+                raise Busy("This relay is shutting down.")
+            await asyncio.sleep(CLAIM_POLL_S)
+            info = await self._known(stream, run)
+        return RunAnswer.of(stream, info, self.pump(stream, run))
+
+    async def _join(
+        self,
+        call: Call,
+        body: bytes | None,
+        stream: str,
+        key: str,
+        begin: Callable[[], Awaitable[Passed | RunAnswer | StartedRun]],
+    ) -> Passed | RunAnswer | StartedRun | tuple[str, str]:
+        """One run per key: the first request begins it, the others get the stream and run it led to.
 
         A key whose run the journal does not keep any more is 410 for the rest of its time. Calling upstream
         again would do twice what the key promises to do once; a new key asks for that."""
@@ -379,21 +567,18 @@ class Proxy:
         )  # fmt: skip
         claimed = hashlib.sha256(orjson.dumps(scope)).hexdigest()
         digest = hashlib.sha256(body or b"").hexdigest()
-        holder = f"{self._owner}.{secrets.token_hex(8)}"
+        holder = f"{self._owned.name}.{secrets.token_hex(8)}"
         try:
             joined = await self._claim(call, claimed, digest, holder)
         except JournalError:
             if self._settings.journal_down == "fail":
                 raise
-            return await self._open(call, body, stream)
+            return await begin()
         if joined is not None:
-            try:
-                return await self.attached(*joined)
-            except (UnknownStream, UnknownRun):
-                raise ResumeUnknown("The answer to this Idempotency-Key is not kept any more.") from None
+            return joined
         renewing = asyncio.create_task(self._renew(claimed, digest, holder))
         try:
-            opened = await self._open(call, body, stream)
+            opened = await begin()
         except BaseException:
             await self._unclaim(renewing, claimed, holder)
             raise
@@ -403,7 +588,9 @@ class Proxy:
             self._spawn(self._settle(renewing, claimed, holder, opened), self._tasks)
         return opened
 
-    async def _settle(self, renewing: asyncio.Task[None], key: str, holder: str, answer: RunAnswer) -> None:
+    async def _settle(
+        self, renewing: asyncio.Task[None], key: str, holder: str, answer: RunAnswer | StartedRun
+    ) -> None:
         """Write down where a key led. Until then it stays this request's, and others wait for it."""
         deadline = self._now() + self._settings.journal_deadline_s
         try:
@@ -469,7 +656,7 @@ class Proxy:
                 pump.read_at = now
             elif now - pump.read_at > settings.abandon_s:
                 await self._abandon(stream, pump)
-        for key, write in list(self._unwritten.items()):
+        for key, (writer, write) in list(self._unwritten.items()):
             try:
                 await write()
             except JournalRefused:
@@ -479,6 +666,7 @@ class Proxy:
             except RelayError as error:
                 log.error("an ending was refused stream=%s run=%s: %s", *key, error)
             self._unwritten.pop(key, None)
+            self._owned.discard(writer)
 
     async def _abandon(self, stream: str, pump: Pump) -> None:
         try:
@@ -494,10 +682,13 @@ class Proxy:
     async def drain(self) -> None:
         """Take no new runs, let the open ones finish within the grace, end what is left."""
         self._draining = True
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._settings.drain_grace_s)
+        if self._tasks or self._openings:
+            await asyncio.wait(self._tasks | self._openings, timeout=self._settings.drain_grace_s)
+        self._shut = True
         for pump in list(self._pumps.values()):
-            pump.stop(ending(Reason.SHUTDOWN, "relay was shut down."))
+            pump.stop(_shut_down())
+        if self._openings:
+            await asyncio.wait(self._openings, timeout=self._settings.journal_timeout_s)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._settings.journal_timeout_s)
 
@@ -520,6 +711,34 @@ async def _end_unanswered(writer: RunWriter) -> None:
         )
     except (UnknownStream, UnknownRun):
         pass  # it was not
+
+
+def _shut_down() -> Ending:
+    return ending(Reason.SHUTDOWN, "relay was shut down.")
+
+
+def _preferences_without_async(call: Call) -> list[str] | None:
+    """What else a request prefers (RFC 7240) when it asks to be answered at once; None when it does not."""
+    given = [part.strip() for value in call.all_of("prefer") for part in value.split(",")]
+    others = [part for part in given if part.partition(";")[0].strip().lower() != "respond-async"]
+    return None if len(others) == len(given) else others
+
+
+def _is_stream(method: str, answer: Answer) -> bool:
+    if method == "HEAD" or answer.status not in _STREAM_STATUSES:
+        return False
+    return answer.media_type == EVENT_STREAM or answer.media_type in LINE_TYPES
+
+
+def _head(answer: Answer) -> Headers:
+    """The head of a journaled answer."""
+    headers = end_to_end(answer.headers, *_NOT_OF_A_STREAM)
+    vary = [value for name, value in headers if name == b"vary"]
+    headers = [(name, value) for name, value in headers if name != b"vary"]
+    # First, because Chromium takes a head that was cut in an orderly way for whole, and gives up for ever on
+    # an event stream without its type.
+    headers.sort(key=lambda header: header[0] != b"content-type")
+    return [*headers, (b"vary", b", ".join([*vary, b"Last-Event-ID"]))]
 
 
 def _stream_named_by(answer: Answer) -> str:

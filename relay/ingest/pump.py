@@ -9,10 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 from relay.dialects.base import Dialect
 from relay.dialects.detect import RAW, by_first_event
-from relay.errors import Fenced, FrameTooLarge, InvalidEvent, JournalError, RelayError, RunEnded, SequenceGap
+from relay.errors import (
+    Diverged,
+    Fenced,
+    FrameTooLarge,
+    InvalidEvent,
+    JournalError,
+    RelayError,
+    RunEnded,
+    UpstreamError,
+    UpstreamSlow,
+)
 from relay.frame import Event, check_event_name
 from relay.ingest.upstream import Answer, IdleBody, TruncatedBody
 from relay.ingest.writer import RunWriter
@@ -25,6 +36,9 @@ log = logging.getLogger("relay.run")
 FINISH_S = 30.0
 FINISH_MAX_BYTES = 1024 * 1024
 """How long, and how much, upstream may still send after its terminal marker before it is cut off."""
+
+ERROR_READ_MAX_BYTES = 64 * 1024
+"""Bytes read of an error's text; less is kept, but what is cut may be half a character."""
 
 
 class Lines:
@@ -67,14 +81,17 @@ class ServerSentEvents:
         return []
 
 
+Parser = Lines | ServerSentEvents
+
+
 class Pump:
     """Moves one upstream answer into the journal and ends the run exactly as the answer ended."""
 
     def __init__(
         self,
         writer: RunWriter,
-        answer: Answer,
-        parser: Lines | ServerSentEvents,
+        answer: Answer | None,
+        parser: Parser | None,
         dialect: Dialect | None,
         started_at: float,
     ) -> None:
@@ -89,12 +106,15 @@ class Pump:
         self.unwritten: tuple[Sequence[Event], Ending] | None = None
         """What is still to be journaled when the journal is back."""
         self.ended: Ending | None = None
+        """How this process ended the run; None also for a run that somebody else ended."""
         self.text_bytes = 0
         self._answer = answer
         self._parser = parser
         self._in_hand: Sequence[Event] = ()
         self._in_hand_text = 0
+        self._kept_head = ""
         self._stopped: Ending | None = None
+        self._over = False
         self._moving: asyncio.Task[None] | None = None
         self._told_error = False
         self._said_end = False
@@ -107,40 +127,67 @@ class Pump:
 
     def stop(self, end: Ending) -> None:
         """Stop reading and end the run so."""
-        if self._stopped is None:
+        if self._stopped is None and not self._over:
             self._stopped = end
+            if self._moving is not None:
+                self._moving.cancel()
+
+    def over(self) -> None:
+        """Somebody else ended the run or took it over: close upstream, journal nothing more.
+
+        An ending that is being journaled already is left to find out which of the two came first."""
+        if self._stopped is None and not self._over:
+            self._over = True
             if self._moving is not None:
                 self._moving.cancel()
 
     async def run(self) -> None:
         """Pump to the end. Does not raise; the ending is journaled, or kept in `unwritten`."""
         try:
-            await self._end(await self._move_until_stopped())
+            end = await self._move_until_stopped()
+            if end is None:
+                self._give_way("it was ended or taken over")
+            else:
+                await self._end(end)
         except (Fenced, RunEnded) as error:
-            log.info("run over stream=%s run=%s: %s", self.writer.stream, self.writer.run, error.code)
-            self.ended = ending(Reason(error.extra.get("reason", Reason.CLIENT_CANCEL)))
+            self._give_way(_who_won(error))
         except RelayError as error:
             log.error("run cannot be ended stream=%s run=%s: %s", self.writer.stream, self.writer.run, error)
             self._break_off()
 
     async def let_upstream_finish(self) -> None:
         """After the run ended by what upstream said: let upstream end its answer in its own way."""
-        if self._said_end:
+        if self._said_end and not self._over and self._answer is not None:
             await self._answer.finish(FINISH_S, FINISH_MAX_BYTES)
 
-    async def _move_until_stopped(self) -> Ending:
+    def _give_way(self, why: str) -> None:
+        """The run is another's now, or over; upstream works for nobody."""
+        self._over = True
+        self.unwritten = None
+        self._close_upstream()
+        log.warning(
+            "run is over elsewhere, upstream closed stream=%s run=%s: %s",
+            self.writer.stream, self.writer.run, why,
+        )  # fmt: skip
+
+    def _close_upstream(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
+
+    async def _move_until_stopped(self) -> Ending | None:
+        """Until upstream, or whoever stops this, ended the run; None when the run is somebody else's."""
         task = asyncio.current_task()
         assert task is not None
         try:
-            if self._stopped is None:
+            if self._stopped is None and not self._over:
                 self._moving = task
                 return await self._move()
         except asyncio.CancelledError:
-            if self._stopped is None:
+            if self._stopped is None and not self._over:
                 raise
             task.uncancel()
-        except SequenceGap as error:
-            return self._rewound(error)
+        except Diverged:
+            return self._rewound()
         except RelayError:
             raise
         except Exception as error:
@@ -149,16 +196,18 @@ class Pump:
         finally:
             self._moving = None
             if not self._said_end:
-                self._answer.close()
+                self._close_upstream()
         return self._stopped
 
-    def _rewound(self, gap: SequenceGap) -> Ending:
-        """The journal lost frames that it had accepted (failover, restore), so it must take no later ones."""
-        self.writer.next_seq = gap.extra["expected"]
+    def _rewound(self) -> Ending:
+        """The journal lost frames that it had accepted (failover, restore) and that could not be put back, so
+        it must take no later ones."""
         self._in_hand, self._in_hand_text, self._told_error = (), 0, False
         return ending(Reason.JOURNAL_LOST, "The journal lost frames that it had accepted.")
 
     async def _move(self) -> Ending:
+        assert self._answer is not None
+        assert self._parser is not None
         try:
             async for data in self._answer.decoded_body():
                 end = await self._journal(self._parser.feed(data))
@@ -177,6 +226,7 @@ class Pump:
 
     async def _journal(self, events: list[Event]) -> Ending | None:
         """Journal parsed events; the ending if one of them, or the parser, ends the run."""
+        assert self._parser is not None
         end: Ending | None = None
         text_bytes = 0
         accepted = 0
@@ -206,15 +256,19 @@ class Pump:
             end = ending(Reason.FRAME_TOO_LARGE, self._parser.overflow.detail)
         if end is None and self._in_hand:
             try:
-                await self.writer.append(self._in_hand, text_bytes, self._dialect_name())
+                await self.writer.append(
+                    self._in_hand, text_bytes, self._dialect_name(), answer=self._kept_head
+                )
+            except Diverged:
+                raise
             except JournalError as error:
                 self._journal_away = True
                 return ending(Reason.JOURNAL_LOST, f"The journal was away for too long: {error}")
-            self._in_hand, self._in_hand_text = (), 0
+            self._in_hand, self._in_hand_text, self._kept_head = (), 0, ""
         return end
 
     async def _end(self, end: Ending) -> None:
-        self.unwritten = self._last_words(end)
+        self.unwritten = self._in_hand, end
         if not self._journal_away:
             try:
                 await self._write_end(self.writer.append)
@@ -226,28 +280,29 @@ class Pump:
                 raise
         self._break_off()
 
-    def _last_words(self, end: Ending) -> tuple[Sequence[Event], Ending]:
-        events = list(self._in_hand)
-        if end.status is not Status.COMPLETED and not self._told_error:
-            error_event = (self.dialect or RAW).error_event(end)
-            if error_event is not None:
-                events.append(error_event)
-        return events, end
+    def _error_event(self, end: Ending) -> Event | None:
+        """What upstream's format has to say of an end that upstream itself did not tell."""
+        if end.status is Status.COMPLETED or self._told_error:
+            return None
+        return (self.dialect or RAW).error_event(end)
 
     async def write_kept(self) -> None:
         """Journal what is kept, once; raises `JournalError` while that does not work."""
-        await self._write_end(self.writer.append_once)
+        try:
+            await self._write_end(self.writer.append_once)
+        except (Fenced, RunEnded) as error:
+            self._give_way(_who_won(error))
 
-    async def _write_end(
-        self, append: Callable[[Sequence[Event], int, str, Ending], Awaitable[None]]
-    ) -> None:
+    async def _write_end(self, append: Callable[..., Awaitable[object]]) -> None:
         assert self.unwritten is not None
         events, end = self.unwritten
+        text_bytes, dialect = self._in_hand_text, self._dialect_name()
         try:
-            await append(events, self._in_hand_text, self._dialect_name(), end)
-        except SequenceGap as error:
-            events, end = self.unwritten = self._last_words(self._rewound(error))
-            await append(events, 0, self._dialect_name(), end)
+            await append(events, text_bytes, dialect, end, self._error_event(end), self._kept_head)
+        except Diverged:
+            end = self._rewound()
+            self.unwritten = (), end
+            await append((), 0, dialect, end, self._error_event(end))
         self.unwritten = None
         self._ended(end)
 
@@ -265,3 +320,92 @@ class Pump:
 
     def _dialect_name(self) -> str:
         return "" if self.dialect is None else self.dialect.name
+
+
+def _who_won(error: Fenced | RunEnded) -> str:
+    if isinstance(error, Fenced):
+        return "another writer took it over"
+    return f"it had ended {error.extra['run_status']} {error.extra['reason']}"
+
+
+class Called(NamedTuple):
+    """Upstream's answer to a call of relay's own. `parser` is None when it is not a stream; `kept_head` is
+    what a later response for the run must look like."""
+
+    answer: Answer
+    parser: Parser | None
+    dialect: Dialect | None
+    kept_head: str
+
+
+class CallingPump(Pump):
+    """A pump whose run began before upstream was called: nobody but the run itself waits for the answer."""
+
+    def __init__(
+        self,
+        writer: RunWriter,
+        call: Callable[[], Awaitable[Called]],
+        dialect: Dialect | None,
+        started_at: float,
+        frame_max_bytes: int,
+    ) -> None:
+        super().__init__(writer, None, None, dialect, started_at)
+        self._call = call
+        self._frame_max_bytes = frame_max_bytes
+
+    @property
+    def may_be_abandoned(self) -> bool:
+        """It was asked to go on without a reader."""
+        return False
+
+    async def _move(self) -> Ending:
+        try:
+            called = await self._call()
+        except UpstreamSlow as error:
+            return ending(Reason.UPSTREAM_TIMEOUT, error.detail)
+        except UpstreamError as error:
+            return ending(Reason.UPSTREAM_ERROR, error.detail)
+        self._answer, self._parser, dialect, self._kept_head = called
+        if self._parser is None:
+            return await self._take_whole(called.answer)
+        self.dialect = dialect
+        return await super()._move()
+
+    def _error_event(self, end: Ending) -> Event | None:
+        # Before a stream's head is there, nobody has been promised its format.
+        return None if self._parser is None else super()._error_event(end)
+
+    async def _take_whole(self, answer: Answer) -> Ending:
+        """An answer that is no stream: one frame if it is a success in text, or the error it tells."""
+        is_success = 200 <= answer.status <= 299
+        limit = self._frame_max_bytes if is_success else ERROR_READ_MAX_BYTES
+        body = bytearray()
+        try:
+            async with asyncio.timeout(None if is_success else FINISH_S):
+                async for data in answer.decoded_body():
+                    body += data
+                    if len(body) > limit:
+                        break
+        except (IdleBody, TruncatedBody, TimeoutError) as error:
+            if is_success:
+                idle = isinstance(error, IdleBody)
+                return ending(Reason.UPSTREAM_TIMEOUT if idle else Reason.UPSTREAM_TRUNCATED, str(error))
+        text = body.decode(errors="replace")
+        if not is_success:
+            self._kept_head = ""
+            return ending(Reason.UPSTREAM_ERROR, f"Upstream answered {answer.status}: {text}".rstrip(": \n"))
+        too_large = len(body) > limit
+        if too_large or not _is_text(answer.media_type):
+            self._kept_head = ""
+            what = "more than a frame holds" if too_large else answer.media_type or "something without a type"
+            return ending(
+                Reason.UPSTREAM_ERROR, f"Upstream answered {answer.status} with {what}, and no stream."
+            )
+        self._in_hand = [Event("", text.encode())]
+        self._in_hand_text = self.text_bytes = len(self._in_hand[0].data)
+        self.dialect = RAW
+        return ending(Reason.UPSTREAM_END)
+
+
+def _is_text(media_type: str) -> bool:
+    return media_type.startswith("text/") or media_type == "application/json" or media_type.endswith("+json")

@@ -12,12 +12,15 @@ import os
 import re
 import zlib
 from collections.abc import AsyncIterator, Iterable
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import aiohttp
+import orjson
 from multidict import CIMultiDict
 from yarl import URL
 
-from relay.errors import StartupError, UpstreamInvalid, UpstreamSlow, UpstreamUnreachable
+from relay.errors import InvalidParameter, StartupError, UpstreamInvalid, UpstreamSlow, UpstreamUnreachable
 from relay.settings import Settings
 
 log = logging.getLogger("relay.upstream")
@@ -70,6 +73,68 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], *drop: bytes) -> Headers:
         if name == b"connection":
             dropped = dropped.union(token.strip().lower() for token in value.split(b","))
     return [(name, value) for name, value in kept if name not in dropped]
+
+
+class UpstreamRequest(NamedTuple):
+    """A request that can be sent without its client. `target` is the raw path and query; header names are in
+    lower case."""
+
+    method: str
+    target: str
+    headers: Headers
+    body: bytes | None
+
+    @property
+    def path(self) -> str:
+        """The path without its query."""
+        return self.target.partition("?")[0]
+
+
+_METHOD = re.compile(r"[A-Z][A-Z-]{0,31}", re.ASCII)
+_TARGET = re.compile(r"/[!-~]*", re.ASCII)  # what can stand in a request line
+_OF_THE_MESSAGE = (b"host", b"content-length", b"expect", b"accept-encoding", b"last-event-id")
+
+
+def upstream_request(document: Any) -> UpstreamRequest:
+    """Read `{"method", "path", "headers", "body"}`, of which only the path is needed.
+
+    A body that is a string is sent as it is, any other as JSON. Headers of the connection, of the message
+    and of relay are dropped. Raises `InvalidParameter`."""
+    if not isinstance(document, dict) or set(document) - {"method", "path", "headers", "body"}:
+        raise InvalidParameter("An upstream is an object of method, path, headers and body.")
+    body, target = document.get("body"), document.get("path")
+    method = document.get("method", "GET" if body is None else "POST")
+    if not isinstance(method, str) or not _METHOD.fullmatch(method) or method in ("CONNECT", "HEAD"):
+        raise InvalidParameter("An upstream's method is a word in capitals, not CONNECT or HEAD.")
+    if not isinstance(target, str) or not _TARGET.fullmatch(target) or set(target) & set('#\\"<>^`{|}'):
+        raise InvalidParameter("An upstream's path begins with / and is percent-encoded.")
+    segments = unquote(unquote(target.partition("?")[0])).replace("\\", "/").split("/")
+    if any(segment.partition(";")[0] in (".", "..") for segment in segments):
+        raise InvalidParameter("An upstream's path cannot hold . and .. as segments.")
+    headers = _request_headers(document.get("headers") or {})
+    if body is None:
+        return UpstreamRequest(method, target, headers, None)
+    if isinstance(body, str):
+        return UpstreamRequest(method, target, headers, body.encode(errors="replace"))
+    if all(name != b"content-type" for name, _ in headers):
+        headers.append((b"content-type", b"application/json"))
+    return UpstreamRequest(method, target, headers, orjson.dumps(body))
+
+
+def _request_headers(given: Any) -> Headers:
+    if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+        raise InvalidParameter("An upstream's headers are an object of strings.")
+    headers = [
+        (name.lower().encode(), value.strip().encode(errors="replace")) for name, value in given.items()
+    ]
+    for name, value in headers:
+        if _FIELD_NAME.fullmatch(name) is None or _NOT_IN_VALUE.search(value):
+            raise InvalidParameter(f"{name.decode()!r} is not a header that can be sent.")
+    return [
+        (name, value)
+        for name, value in end_to_end(headers, *_OF_THE_MESSAGE)
+        if not name.startswith(b"relay-")
+    ]
 
 
 class Answer:
@@ -237,9 +302,7 @@ class _Upload:
 
     def _allow(self, limit_s: float | None) -> None:
         if not self.answered:
-            self._limit.reschedule(
-                None if limit_s is None else asyncio.get_running_loop().time() + limit_s
-            )
+            self._limit.reschedule(None if limit_s is None else asyncio.get_running_loop().time() + limit_s)
 
 
 class Upstream:
