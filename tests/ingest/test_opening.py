@@ -10,6 +10,7 @@ from deaf_follower import DeafFollower
 from scripted_upstream import ScriptedUpstream
 
 from relay.errors import JournalUnavailable
+from relay.ingest.owned import OwnedRuns
 from relay.ingest.proxy import Call, Proxy, RunAnswer
 from relay.ingest.upstream import Upstream
 from relay.journal.base import Opened, RunOpening
@@ -64,7 +65,8 @@ async def _opened(
     await journal.start(DeafFollower())
     backend = Upstream(upstream.url, settings)
     await backend.start()
-    proxy = Proxy(backend, journal, settings, lambda stream: 1, lambda ending, text_bytes: None)
+    owned = OwnedRuns(settings, lambda ending, text_bytes: None)
+    proxy = Proxy(backend, journal, settings, owned, lambda stream: 1, lambda ending, text_bytes: None)
     call = Call("GET", f"/{name}", f"/{name}", [(b"host", b"relay")], None, "127.0.0.1", lambda: False)
     try:
         opened: object = await proxy.open(call)

@@ -11,10 +11,11 @@ from deaf_follower import DeafFollower
 from relay.cursor import Cursor
 from relay.errors import JournalUnavailable, RunEnded
 from relay.frame import Event
-from relay.ingest.writer import RunWriter
+from relay.ingest.writer import HeldMemory, RunWriter
 from relay.journal.base import Append, Appended, Retention, RunOpening
 from relay.journal.sqlite import SqliteJournal
 from relay.lifecycle import Reason, ending
+from relay.settings import Settings
 
 
 class Lossy(SqliteJournal):
@@ -37,9 +38,11 @@ class Lossy(SqliteJournal):
 async def written(path: Path, outcomes: list[str], deadline_s: float = 30.0) -> tuple[Lossy, RunWriter]:
     journal = Lossy(path / "relay.db")
     await journal.start(DeafFollower())
-    await journal.open_run(RunOpening("s", "r", "w", "t" * 22, Retention()))
+    opening = RunOpening("s", "r", "w", "t" * 22, Retention(), owner="me")
+    writer = RunWriter(journal, opening, Settings(journal_deadline_s=deadline_s), HeldMemory(10**6))
+    writer.opened(await journal.open_run(opening))
     journal.outcomes = outcomes
-    return journal, RunWriter(journal, "s", "r", "w", deadline_s)
+    return journal, writer
 
 
 async def texts(journal: Lossy) -> list[bytes]:
@@ -85,7 +88,7 @@ def test_p3_an_ending_whose_outcome_is_not_known_is_written_once(tmp_path: Path)
 
 def test_after_its_deadline_it_gives_up_and_the_same_batch_can_be_given_again(tmp_path: Path) -> None:
     async def check() -> None:
-        journal, writer = await written(tmp_path, ["lost after"], deadline_s=0.0)
+        journal, writer = await written(tmp_path, ["lost after"], deadline_s=1e-9)
         with pytest.raises(JournalUnavailable):
             await writer.append([Event("", b"one")], 3)
         await writer.append_once([Event("", b"one"), Event("", b"two")], 6, "", None)
