@@ -54,6 +54,17 @@ class Notes:
         pass
 
 
+class Me:
+    """A process as the owner of runs, which writes down what it is told."""
+
+    def __init__(self, name: str = "me") -> None:
+        self.name = name
+        self.over: list[tuple[str, str]] = []
+
+    def on_run_over(self, stream: str, run: str) -> None:
+        self.over.append((stream, run))
+
+
 class SteeredClock:
     def __init__(self) -> None:
         self.ms = NOON

@@ -1,9 +1,10 @@
-"""What only the SQLite journal has: one process, restarts, a writing thread. The rest is in tests/contract."""
+"""What only the SQLite journal has: one process, restarts, group commit. The rest is in tests/contract."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from journal_file import (
     NOON,
+    Me,
     Notes,
     SteeredClock,
     batch,
@@ -30,6 +32,7 @@ from relay.errors import JournalUnavailable, StartupError
 from relay.journal import sqlite
 from relay.journal.base import Appended
 from relay.journal.sqlite import SqliteJournal
+from relay.limits import Retention
 
 # Restarts.
 
@@ -124,9 +127,9 @@ asyncio.run(main())
 
 
 @contextmanager
-def writing_process(path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that appends for ever and says what was acknowledged."""
-    command = [sys.executable, "-c", APPEND_UNTIL_KILLED, str(path)]
+def a_process(script: str, path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the journal and says what it did."""
+    command = [sys.executable, "-c", script, str(path)]
     root = Path(sqlite.__file__).parents[2]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
         try:
@@ -139,7 +142,7 @@ def writing_process(path: Path) -> Iterator[subprocess.Popen[str]]:
 async def test_a_process_killed_in_mid_append_leaves_a_consistent_journal(path: Path) -> None:
     """All that was acknowledged is there, each batch whole, and the run goes on where it was."""
     acknowledged: dict[str, int] = {}
-    with writing_process(path) as process:
+    with a_process(APPEND_UNTIL_KILLED, path) as process:
         assert process.stdout is not None
         for _ in range(400):
             run, said = process.stdout.readline().split()
@@ -169,12 +172,119 @@ async def test_a_process_killed_in_mid_append_leaves_a_consistent_journal(path: 
     await journal.close()
 
 
+# Runs of former processes.
+
+OWN_UNTIL_KILLED = """
+import asyncio, sys
+from pathlib import Path
+from relay.frame import Event
+from relay.journal.base import Append, RunOpening
+from relay.journal.sqlite import SqliteJournal
+from relay.limits import Retention
+
+class Ear:
+    name = "former"
+    def on_frames(self, *told): ...
+    def on_deleted(self, *told): ...
+    def on_sealed(self, *told): ...
+    def on_doubt(self, *told): ...
+    def on_run_over(self, *told): ...
+
+async def main():
+    journal = SqliteJournal(Path(sys.argv[1]))
+    await journal.start(Ear(), Ear())
+    for run, owner, answer in (("proxied", "former", "200"), ("raw", "former", "200"), ("pushed", "", "")):
+        dialect = "raw" if run == "raw" else "openai-chat"
+        await journal.open_run(RunOpening(
+            "s", run, "w", run, Retention(0, 0, 0), dialect, answer=answer, owner=owner, deliver=True))
+        await journal.append(Append("s", run, "w", 1, [Event("", b"said")], text_bytes=4))
+    print("open", flush=True)
+    await asyncio.sleep(3600)
+
+asyncio.run(main())
+"""
+
+
+@on_a_loop
+async def test_p3_runs_of_a_killed_process_have_ended_once_the_next_one_has_started(path: Path) -> None:
+    """Before anybody reads; a pushed run may go on, because its producer may."""
+    with a_process(OWN_UNTIL_KILLED, path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    for _ in range(2):
+        journal = SqliteJournal(path)
+        await journal.start(Notes(), Me())
+        frames = (await page(journal)).frames[6:]
+        assert [(frame.run, frame.event) for frame in frames] == [
+            *(("proxied", ""), ("proxied", "relay")),
+            ("raw", "relay"),
+        ]
+        assert b"error" in frames[0].data
+        assert b'"status":"lost","reason":"owner_lost"' in frames[1].data
+        assert b'"frames":1,"text_bytes":4' in frames[1].data
+        lost, raw, pushed = await journal.runs("s", "", 10)
+        assert (lost.status, lost.reason, lost.frames, lost.last) == ("lost", "owner_lost", 1, frames[1].id)
+        assert (raw.status, raw.last_data, pushed.status) == ("lost", 4, "open")
+        assert [delivery.run for delivery in await journal.claim_deliveries(10, 0)] == ["proxied", "raw"]
+        assert (await journal.describe("s")).open_runs == ["pushed"]
+        await journal.close()
+
+
+@on_a_loop
+async def test_nothing_of_a_process_is_lost_that_starts_again_under_its_name(path: Path) -> None:
+    journal = SqliteJournal(path)
+    await journal.start(Notes(), Me())
+    await journal.open_run(opening(owner="me"))
+    await journal.close()
+    await journal.start(Notes(), Me())
+    assert (await journal.append(batch(1, b"on"))).appended == 1
+    await journal.close()
+    await journal.start(Notes())
+    assert (await journal.run("s", "r")).reason == "owner_lost"
+    await journal.close()
+
+
+@on_a_loop
+async def test_orphans_of_an_expired_stream_expire_with_it(path: Path, clock: SteeredClock) -> None:
+    journal = await started(path, clock_ms=clock)
+    await journal.open_run(opening(owner="former", retention=Retention(retention_s=10)))
+    await journal.close()
+    clock.ms += 10_001
+    journal = await started(path, clock_ms=clock)
+    assert dict(await journal.tops(["s"])) == {}
+    await journal.close()
+
+
+@on_a_loop
+async def test_a_start_that_cannot_end_orphans_is_refused_and_leaves_them_whole(path: Path) -> None:
+    """No room to write: nobody may be told that a lost run is open. With room again, it starts."""
+    journal = await started(path)
+    await asyncio.gather(*(journal.open_run(opening(f"s{n}", owner="former")) for n in range(300)))
+    await journal.close()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, unlimited[1]))
+    try:
+        with pytest.raises(StartupError, match="Make room"):
+            await SqliteJournal(path).start(Notes())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert rows(path, "SELECT count(*) FROM runs WHERE status = 'open'") == [(300,)]
+    assert count(path, "frames") == 300
+    journal = await started(path)
+    assert {(await journal.run(f"s{n}", "r")).status for n in range(300)} == {"lost"}
+    assert count(path, "frames") == 600
+    await journal.close()
+
+
 # One process.
 
 
 @on_a_loop
 async def test_a_journal_held_by_another_process_is_refused(path: Path) -> None:
-    with writing_process(path) as process:
+    with a_process(APPEND_UNTIL_KILLED, path) as process:
         assert process.stdout is not None
         process.stdout.readline()
         with pytest.raises(StartupError, match="held by another relay") as refused:

@@ -88,6 +88,16 @@ async def test_a_newer_schema_is_refused(path: Path) -> None:
 
 
 @on_a_loop
+async def test_an_older_schema_is_refused_with_advice(path: Path) -> None:
+    await (await started(path)).close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA user_version = {sqlite_file.SCHEMA_VERSION - 1}")
+    said = await refusal_to_start(path)
+    assert "older relay" in said
+    assert "Move it away" in said
+
+
+@on_a_loop
 async def test_an_unknown_synchronous_mode_is_refused(path: Path) -> None:
     assert "normal" in await refusal_to_start(path, synchronous="sometimes")
 
