@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sqlite3
+from collections.abc import Awaitable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from journal_file import (
     DAY_S,
     NOON,
+    Me,
     Notes,
     SteeredClock,
     batch,
@@ -23,11 +28,22 @@ from journal_file import (
     started,
 )
 
-from relay.cursor import ORIGIN
-from relay.errors import JournalRefused, JournalUnavailable, UnknownStream
+from relay.cursor import ORIGIN, Cursor
+from relay.errors import JournalRefused, JournalUnavailable, RelayError, RunEnded, UnknownStream
 from relay.frame import Event
 from relay.journal import sqlite_file, sqlite_store
-from relay.journal.base import Append, Appended, Claim
+from relay.journal.base import (
+    Append,
+    Appended,
+    Claim,
+    Delivery,
+    Ended,
+    Held,
+    Opened,
+    RunState,
+    StreamChange,
+    TakenOver,
+)
 from relay.journal.sqlite import SqliteJournal
 from relay.lifecycle import Reason, ending
 from relay.limits import Retention
@@ -198,6 +214,248 @@ async def test_state_dropped_from_the_cache_is_read_again(
     tops = await journal.tops([f"s{n}" for n in range(10)])
     assert {top.id.seq for top in tops.values()} == {5}
     await journal.close()
+
+
+# Runs that supersede, end, and are taken over.
+
+
+async def superseding(path: Path, notes: Notes, me: Me) -> SqliteJournal:
+    """A journal with two open runs of ours and a third that has ended, its stream watched."""
+    journal = SqliteJournal(path)
+    await journal.start(notes, me)
+    for run in ("r1", "r2", "r3"):
+        await journal.open_run(opening(run=run, owner=me.name, deliver=True))
+    await journal.append(batch(1, b"x", run="r3", ending=ending(Reason.PRODUCER_END)))
+    journal.watch("s")
+    return journal
+
+
+REGENERATE = {"run": "r4", "supersedes": ["r1", "r2", "r3"], "seal": True}
+
+
+@on_a_loop
+async def test_a_disk_that_fills_in_the_middle_of_superseding_leaves_nothing_half_done(path: Path) -> None:
+    notes, me = Notes(), Me()
+    journal = await superseding(path, notes, me)
+    before = (await page(journal), await journal.describe("s"), await journal.runs("s", "", 10))
+    ((pages,),) = rows(path, "PRAGMA page_count")
+    await in_writer(journal, f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(JournalRefused):
+        await journal.open_run(opening(**REGENERATE, metadata=f'"{"m" * 50_000}"'))
+    assert (await page(journal), await journal.describe("s"), await journal.runs("s", "", 10)) == before
+    assert await journal.claim_deliveries(10, 60) == [Delivery("s", "r3", 0)]
+    await in_writer(journal, "PRAGMA max_page_count = 1000000")
+    assert (await journal.append(batch(1, b"on", run="r1"))).last.seq == 6
+    assert (notes.sealed, me.over, [frame.run for frame in notes.frames]) == ([], [], ["r1"])
+
+    opened = await journal.open_run(opening(**REGENERATE))
+    assert (opened.superseded, opened.start.seq, opened.last.seq) == (("r1", "r2", "r3"), 10, 12)
+    assert (notes.sealed, me.over) == (["s"], [("s", "r1"), ("s", "r2")])
+    assert [frame.seq for frame in notes.frames] == list(range(6, 13))
+    with pytest.raises(RunEnded):
+        await journal.append(batch(2, b"late", run="r1"))
+    await journal.close()
+
+
+@on_a_loop
+async def test_superseding_that_fails_alone_leaves_the_superseded_to_go_on(path: Path) -> None:
+    """In the file and in what is cached: an append of the same group goes on where the run was."""
+    notes, me = Notes(), Me()
+    journal = await superseding(path, notes, me)
+    outcomes = await asyncio.gather(
+        journal.append(batch(1, b"a", run="r1")),
+        journal.open_run(opening(**REGENERATE, writer="\ud800")),
+        journal.append(batch(2, b"b", run="r1", ending=ending(Reason.PRODUCER_END))),
+        journal.append(batch(1, b"c", run="r2")),
+        return_exceptions=True,
+    )
+    assert [type(outcome) for outcome in outcomes] == [Appended, UnicodeEncodeError, Appended, Appended]
+    assert (notes.sealed, me.over) == ([], [])
+    assert [run.superseded_by for run in await journal.runs("s", "", 10)] == ["", "", ""]
+    assert [frame.data for frame in (await page(journal)).frames if not frame.is_control] == [
+        *(b"x", b"a", b"b", b"c")
+    ]
+    await journal.close()
+
+
+@on_a_loop
+async def test_only_the_owner_of_a_run_is_told_that_it_is_over(path: Path) -> None:
+    me = Me()
+    journal = SqliteJournal(path)
+    await journal.start(Notes(), me)
+    for run, owner in (("mine", "me"), ("other", "another"), ("nobodys", ""), ("own", "me"), ("taken", "me")):
+        await journal.open_run(opening(run=run, owner=owner))
+    for run in ("mine", "other", "nobodys"):
+        assert (await journal.end_run("s", run, ending(Reason.CLIENT_CANCEL), {})).by_this
+    await journal.append(batch(1, run="own", ending=ending(Reason.PRODUCER_END)))
+    await journal.take_over("s", "taken", "w2", 60)
+    await journal.take_over("s", "taken", "w2", 60)
+    await journal.delete("s")
+    assert me.over == [("s", "mine"), ("s", "taken")]
+    await journal.close()
+
+
+@on_a_loop
+async def test_the_endings_of_a_deleted_stream_are_told_before_its_deletion(path: Path) -> None:
+    heard: list[str] = []
+    notes = Notes()
+    notes.on_deleted = lambda stream: heard.append(f"deleted after {len(notes.frames)}")  # type: ignore[method-assign]
+    journal = SqliteJournal(path)
+    await journal.start(notes)
+    await journal.open_run(opening(run="r1", answer="200", dialect="openai-chat", deliver=True))
+    await journal.open_run(opening(run="r2"))
+    journal.watch("s")
+    await journal.delete("s")
+    assert heard == ["deleted after 3"]
+    assert [(frame.seq, frame.run, frame.is_control) for frame in notes.frames] == [
+        *((3, "r1", False), (4, "r1", True), (5, "r2", True))
+    ]
+    assert await journal.claim_deliveries(10, 60) == []
+    last = notes.frames[-1]
+    assert (await journal.open_run(opening())).first.ms > last.ms
+    await journal.close()
+
+
+@on_a_loop
+async def test_frames_to_be_delivered_have_twice_the_room(path: Path) -> None:
+    """What is older than the first run still to be delivered has none of it."""
+    journal = await started(path)
+    await journal.open_run(opening(run="old", retention=Retention(max_frames=10)))
+    await journal.append(batch(1, *[b"old"] * 7, run="old"))
+    await journal.open_run(opening(run="kept", deliver=True))
+
+    async def earliest() -> int:
+        return (await journal.describe("s")).extent.earliest_seq
+
+    await journal.append(batch(1, *[b"new"] * 5, run="kept"))
+    assert await earliest() == 5
+    await journal.append(batch(6, *[b"new"] * 10, run="kept", ending=ending(Reason.PRODUCER_END)))
+    assert await earliest() == 9
+    await journal.close()
+
+    journal = await started(path)
+    await journal.append(batch(8, *[b"new"] * 7, run="old"))
+    assert await earliest() == 13
+    await journal.settle_delivery("s", "kept")
+    assert await earliest() == 23
+    assert [frame.seq for frame in (await page(journal)).frames] == list(range(23, 33))
+    await journal.close()
+
+
+@on_a_loop
+async def test_a_delivery_is_due_again_when_its_lease_lapses_and_counts_tries_that_failed(
+    path: Path, clock: SteeredClock
+) -> None:
+    journal = await started(path, clock_ms=clock)
+    await journal.open_run(opening(deliver=True))
+    assert await journal.claim_deliveries(10, 60) == []
+    await journal.end_run("s", "r", ending(Reason.CLIENT_CANCEL), {})
+    assert await journal.claim_deliveries(10, 60) == [Delivery("s", "r", 0)]
+    clock.ms += 59_999
+    assert await journal.claim_deliveries(10, 60) == []
+    clock.ms += 1
+    assert await journal.claim_deliveries(10, 60) == [Delivery("s", "r", 0)]
+    await journal.postpone_delivery("s", "r", 5)
+    await journal.close()
+
+    clock.ms += 5_000
+    journal = await started(path, clock_ms=clock)
+    assert await journal.claim_deliveries(10, 60) == [Delivery("s", "r", 1)]
+    await journal.settle_delivery("s", "r")
+    await journal.postpone_delivery("s", "r", 0)
+    clock.ms += DAY_S * 1000
+    assert await journal.claim_deliveries(10, 60) == []
+    await journal.close()
+
+
+# What is cached.
+
+TABLES = ("streams", "stream_texts", "runs", "run_texts", "frames", "tombstones")
+
+
+def any_operation(dice: random.Random, journal: SqliteJournal) -> Awaitable[Any]:
+    stream, run = dice.choice(("s1", "s2")), dice.choice(("r1", "r2", "r3", "r4"))
+    writer = dice.choice(("w", "w", "w", "w2"))
+    how = ending(dice.choice((Reason.PRODUCER_END, Reason.CLIENT_CANCEL, Reason.IDLE_TIMEOUT)))
+    seq = dice.randrange(1, 5)
+    if dice.random() < 0.5:
+        events = [Event("delta", bytes([97 + n]) * dice.randrange(9)) for n in range(dice.randrange(4))]
+        said = Event("", b"broke off") if dice.random() < 0.5 else None
+        closing = {"ending": how, "error_event": said} if dice.random() < 0.2 else {}
+        texts = {"dialect": dice.choice(("", "raw", "openai-chat")), "answer": dice.choice(("", "200"))}
+        batch = Append(stream, run, writer, dice.randrange(6), events, len(events), **texts, **closing)
+        if dice.random() < 0.2:
+            batch = replace(batch, acknowledged=Cursor(dice.randrange(20), NOON))
+        return journal.append(batch)
+    given: dict[str, Any] = {
+        "writer": writer,
+        "retention": Retention(dice.choice((0, 9)), dice.choice((0, 120))),
+        "owner": dice.choice(("", "me", "another")),
+        "idle_timeout_s": dice.choice((0, 0.1)),
+        "max_run_s": dice.choice((0, 0.3)),
+        "supersedes": dice.choice(([], ["latest"], ["r1", "r3"])),
+        "if_busy": dice.choice(("allow", "allow", "reject", "supersede")),
+        "deliver": dice.random() < 0.5,
+        "seal": dice.random() < 0.05,
+        "answer": dice.choice(("", "200")),
+        "error_events": {"openai-chat": Event("", b"superseded")},
+    }
+    open_run = opening(stream, run, **given)
+    change = StreamChange(
+        dice.choice((None, 0, 7)), dice.choice((None, 0, 90)), None, dice.choice((None, "1"))
+    )
+    held = Held(Cursor(dice.randrange(1, 20), NOON + dice.randrange(3000)), seq - 1, [Event("", b"back")], 4)
+    return dice.choice(
+        (
+            lambda: journal.open_run(open_run),
+            lambda: journal.open_run(open_run),
+            lambda: journal.open_run(open_run),
+            lambda: journal.put_stream(stream, Retention(0, 0, 0), change),
+            lambda: journal.trim(stream, seq),
+            lambda: journal.seal(stream) if dice.random() < 0.1 else journal.trim(stream, 2),
+            lambda: journal.delete(stream) if dice.random() < 0.3 else journal.trim(stream, 2),
+            lambda: journal.restore(open_run, held),
+            lambda: journal.take_over(stream, run, writer, dice.choice((0, 0.2))),
+            lambda: journal.hear_of(stream, run, writer),
+            lambda: journal.end_run(stream, run, how, {"openai-chat": Event("", b"e")}, owner=given["owner"]),
+            lambda: journal.end_due(stream, run, NOON, {}),
+            lambda: journal.claim_deliveries(2, 0.1),
+            lambda: journal.settle_delivery(stream, run),
+            lambda: journal.postpone_delivery(stream, run, 0.1),
+        )
+    )()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@on_a_loop
+async def test_what_is_cached_changes_no_answer(
+    path: Path, clock: SteeredClock, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """A journal that forgets everything between two operations answers, tells and keeps the same."""
+    lives = []
+    for cached in (sqlite_store.CACHE_MAX_ROWS, -1):
+        monkeypatch.setattr(sqlite_store, "CACHE_MAX_ROWS", cached)
+        notes, me, dice = Notes(), Me(), random.Random(seed)
+        clock.ms = NOON
+        file = path.with_name(f"{cached}.db")
+        journal = SqliteJournal(file, clock_ms=clock)
+        await journal.start(notes, me)
+        journal.watch("s1")
+        journal.watch("s2")
+        answers: list[Any] = []
+        for _ in range(400):
+            operation = any_operation(dice, journal)
+            try:
+                answers.append(await operation)
+            except RelayError as error:
+                answers.append((type(error), error.detail, error.extra))
+            clock.ms += dice.randrange(20)
+        await journal.close()
+        told = (notes.frames, notes.deleted, notes.sealed, me.over)
+        lives.append((answers, told, {table: rows(file, f"SELECT * FROM {table}") for table in TABLES}))
+    kinds = {type(answer) for answer in lives[0][0]}
+    assert kinds >= {Opened, Appended, Ended, TakenOver, RunState}
+    assert lives[0] == lives[1]
 
 
 # Expiry.
