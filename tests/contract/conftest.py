@@ -6,20 +6,24 @@ import asyncio
 import inspect
 import itertools
 import re
+import secrets
+import shutil
+import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pytest
+from contract.phrases import DEADLINE_S
+from redis_server import RedisServer
 
 from relay.cursor import Cursor
 from relay.frame import Frame
 from relay.journal.base import Journal
 from relay.journal.redis_streams import RedisJournal
 from relay.journal.sqlite import SqliteJournal
-
-DEADLINE_S = 10.0
 
 
 class Heard(NamedTuple):
@@ -43,6 +47,9 @@ class Ear:
     def on_deleted(self, stream: str) -> None:
         self._note(stream, Heard("deleted"))
 
+    def on_sealed(self, stream: str) -> None:
+        self._note(stream, Heard("sealed"))
+
     def on_doubt(self, stream: str) -> None:
         self._note(stream, Heard("doubt"))
 
@@ -59,6 +66,26 @@ class Ear:
     def _note(self, stream: str, heard: Heard) -> None:
         self.heard[stream].append(heard)
         self._told.set()
+
+
+class Owner:
+    """This process as the owner of runs, which remembers what it was told of them."""
+
+    def __init__(self) -> None:
+        self.name = f"owner-{secrets.token_hex(8)}"
+        self.over: list[tuple[str, str]] = []
+        self._told = asyncio.Event()
+
+    def on_run_over(self, stream: str, run: str) -> None:
+        self.over.append((stream, run))
+        self._told.set()
+
+    async def hears_of(self, stream: str, *runs: str) -> None:
+        """Wait until it was told that these runs are over for it."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not {(stream, run) for run in runs} <= set(self.over):
+                self._told.clear()
+                await self._told.wait()
 
 
 @pytest.fixture(scope="session")
@@ -79,34 +106,40 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-class Opened(NamedTuple):
+class Backend(NamedTuple):
     journal: Journal
     ear: Ear
+    owner: Owner
 
 
 @pytest.fixture(scope="session", params=["sqlite", "redis"])
 def backend(
     request: pytest.FixtureRequest, runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Opened]:
+) -> Iterator[Backend]:
     journal: Journal
     if request.param == "sqlite":
         journal = SqliteJournal(tmp_path_factory.mktemp("journal") / "relay.db")
     else:
         journal = RedisJournal(request.getfixturevalue("redis_server").url(), prefix="contract")
-    ear = Ear()
-    runner.run(journal.start(ear))
-    yield Opened(journal, ear)
+    ear, owner = Ear(), Owner()
+    runner.run(journal.start(ear, owner))
+    yield Backend(journal, ear, owner)
     runner.run(journal.close())
 
 
 @pytest.fixture
-def journal(backend: Opened) -> Journal:
+def journal(backend: Backend) -> Journal:
     return backend.journal
 
 
 @pytest.fixture
-def ear(backend: Opened) -> Ear:
+def ear(backend: Backend) -> Ear:
     return backend.ear
+
+
+@pytest.fixture
+def owner(backend: Backend) -> Owner:
+    return backend.owner
 
 
 _numbers = itertools.count(1)
@@ -147,3 +180,82 @@ def steered(clock: SteeredClock, runner: asyncio.Runner, tmp_path: Path) -> Iter
     runner.run(journal.start(Ear()))
     yield journal
     runner.run(journal.close())
+
+
+class Rewindable(Protocol):
+    """A journal of one test, of which a copy can be put back: what a failover to a replica that was behind
+    does, or a restored backup. Followers have to watch anew after it."""
+
+    journal: Journal
+    ear: Ear
+
+    async def start(self) -> None: ...
+    async def close(self) -> None: ...
+    async def save(self) -> None: ...
+    async def rewind(self) -> None: ...
+
+
+class RewindableSqlite:
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "relay.db"
+        self._saved = directory / "saved.db"
+        self.ear = Ear()
+        self.journal: Journal = SqliteJournal(self._path)
+
+    async def start(self) -> None:
+        await self.journal.start(self.ear)
+
+    async def close(self) -> None:
+        await self.journal.close()
+
+    async def save(self) -> None:
+        with closing(sqlite3.connect(self._path)) as source, closing(sqlite3.connect(self._saved)) as target:
+            source.backup(target)
+
+    async def rewind(self) -> None:
+        await self.close()
+        for path in self._path.parent.glob("relay.db*"):
+            path.unlink()
+        shutil.copy(self._saved, self._path)
+        self.journal = SqliteJournal(self._path)
+        await self.start()
+
+
+class RewindableRedis:
+    def __init__(self, server: RedisServer) -> None:
+        self._server = server
+        self._prefix = f"rewindable-{secrets.token_hex(4)}"
+        self._saved: dict[bytes, Any] = {}
+        self.ear = Ear()
+        self.journal: Journal = RedisJournal(server.url(), prefix=self._prefix)
+
+    async def start(self) -> None:
+        await self.journal.start(self.ear)
+
+    async def close(self) -> None:
+        await self.journal.close()
+
+    async def save(self) -> None:
+        with self._server.client() as client:
+            self._saved = {key: client.dump(key) for key in client.scan_iter(f"{self._prefix}:*")}
+
+    async def rewind(self) -> None:
+        with self._server.client() as client:
+            for key in list(client.scan_iter(f"{self._prefix}:*")):
+                client.delete(key)
+            for key, value in self._saved.items():
+                client.restore(key, 3600 * 1000, value)
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def rewindable(
+    request: pytest.FixtureRequest, runner: asyncio.Runner, tmp_path: Path
+) -> Iterator[Rewindable]:
+    it: Rewindable
+    if request.param == "sqlite":
+        it = RewindableSqlite(tmp_path)
+    else:
+        it = RewindableRedis(request.getfixturevalue("redis_server"))
+    runner.run(it.start())
+    yield it
+    runner.run(it.close())

@@ -1,13 +1,14 @@
-"""What relay.journal.base promises, of every backend."""
+"""What relay.journal.base promises of streams, appends and reads, of every backend."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from contract.phrases import COMPLETED, FAILED, MIB, ROOMY, batch, data, everything, opening, said, seqs, top
 
 from relay.cursor import ORIGIN, Cursor, Extent, Standing, judge
 from relay.errors import (
@@ -15,147 +16,14 @@ from relay.errors import (
     RunEnded,
     RunExists,
     SequenceGap,
-    StreamSealed,
     UnknownRun,
     UnknownStream,
 )
-from relay.frame import Event, Frame, run_ended, run_started
-from relay.journal.base import Append, Appended, Claim, Journal, Opened, Page, RunOpening
+from relay.frame import Event, Frame
+from relay.journal.base import Appended, Journal, StreamInfo, StreamTop
 from relay.journal.sqlite import SqliteJournal
-from relay.lifecycle import Ending, Reason, Status, ending
+from relay.lifecycle import Status
 from relay.limits import Retention
-
-MIB = 1024 * 1024
-ROOMY = 64 * MIB
-COMPLETED = ending(Reason.PRODUCER_END)
-FAILED = ending(Reason.PRODUCER_FAILED, 'the "model" broke\n')
-
-
-def opening(stream: str, run: str = "r1", **changes: Any) -> RunOpening:
-    token = f"token-{stream}-{run}"
-    given: dict[str, Any] = {"writer": f"writer-{run}", "token": token, "retention": Retention()}
-    return RunOpening(stream, run, **(given | changes))
-
-
-def batch(stream: str, seq: int, *data: bytes | str, run: str = "r1", **changes: Any) -> Append:
-    events = [Event("delta", d.encode() if isinstance(d, str) else d) for d in data]
-    given: dict[str, Any] = {"writer": f"writer-{run}", "events": events}
-    return Append(stream, run, producer_seq=seq, **(given | changes))
-
-
-async def everything(journal: Journal, stream: str) -> list[Frame]:
-    frames: list[Frame] = []
-    after = ORIGIN
-    while True:
-        page = await journal.read(stream, after, 1000, ROOMY)
-        frames += page.frames
-        if not page.more:
-            return frames
-        after = page.frames[-1].id
-
-
-async def top(journal: Journal, stream: str) -> Cursor:
-    return (await journal.describe(stream)).extent.top
-
-
-def data(frames: Sequence[Frame]) -> list[bytes]:
-    return [frame.data for frame in frames]
-
-
-def seqs(page: Page) -> list[int]:
-    return [frame.seq for frame in page.frames]
-
-
-# Opening runs.
-
-
-async def test_a_first_run_creates_the_stream_and_starts_at_the_origin(journal: Journal, stream: str) -> None:
-    opened = await journal.open_run(opening(stream))
-    info = await journal.describe(stream)
-    assert opened.start == ORIGIN
-    assert opened.first.seq == 1
-    assert info.extent.earliest_seq == 1
-    assert info.extent.top == opened.first
-    assert 0 < info.extent.created_ms <= opened.first.ms
-
-
-async def test_a_later_run_starts_where_the_stream_stood(journal: Journal, stream: str) -> None:
-    first = await journal.open_run(opening(stream, "r1"))
-    second = await journal.open_run(opening(stream, "r2"))
-    assert second.start == first.first
-    assert second.first.seq == 2
-
-
-async def test_run_started_says_run_dialect_and_metadata(journal: Journal, stream: str) -> None:
-    metadata = '{"model": "m", "nested": {"n": [1, 2.5, null, "ü"]}}'
-    await journal.open_run(opening(stream, dialect="openai-chat", metadata=metadata))
-    (frame,) = await everything(journal, stream)
-    assert (frame.seq, frame.run, frame.event) == (1, "r1", "relay")
-    assert frame.is_control
-    assert frame.data == run_started("r1", "openai-chat", json.loads(metadata))
-    assert json.loads(frame.data) == {
-        "type": "run.started",
-        "run": "r1",
-        "dialect": "openai-chat",
-        "metadata": {"model": "m", "nested": {"n": [1, 2.5, None, "ü"]}},
-    }
-
-
-async def test_run_started_leaves_out_what_was_not_given(journal: Journal, stream: str) -> None:
-    await journal.open_run(opening(stream, answer='{"status":200}'))
-    (frame,) = await everything(journal, stream)
-    assert frame.data == b'{"type":"run.started","run":"r1"}'
-
-
-async def test_opening_again_answers_as_the_first_time(journal: Journal, stream: str) -> None:
-    """Also after other frames, and after the run's end."""
-    first = await journal.open_run(opening(stream))
-    await journal.append(batch(stream, 1, "a"))
-    assert await journal.open_run(opening(stream)) == first
-    await journal.append(batch(stream, 2, ending=COMPLETED))
-    assert await journal.open_run(opening(stream)) == first
-    assert len(await everything(journal, stream)) == 3
-    assert (await journal.describe(stream)).runs == 1
-
-
-async def test_another_writer_cannot_open_the_same_run(journal: Journal, stream: str) -> None:
-    await journal.open_run(opening(stream))
-    with pytest.raises(RunExists):
-        await journal.open_run(opening(stream, writer="another"))
-    assert len(await everything(journal, stream)) == 1
-
-
-async def test_one_of_many_concurrent_openers_wins(journal: Journal, stream: str) -> None:
-    attempts = [journal.open_run(opening(stream, writer=f"w{i}")) for i in range(10)]
-    outcomes = await asyncio.gather(*attempts, return_exceptions=True)
-    assert sum(isinstance(outcome, Opened) for outcome in outcomes) == 1
-    assert sum(isinstance(outcome, RunExists) for outcome in outcomes) == 9
-
-
-async def test_a_sealed_stream_takes_no_further_run(journal: Journal, stream: str) -> None:
-    opened = await journal.open_run(opening(stream, seal=True))
-    with pytest.raises(StreamSealed):
-        await journal.open_run(opening(stream, "r2"))
-    assert (await journal.describe(stream)).sealed
-    assert await journal.open_run(opening(stream, seal=True)) == opened
-    with pytest.raises(RunExists):
-        await journal.open_run(opening(stream, writer="another"))
-
-
-async def test_a_sealed_stream_is_finished_when_its_run_has_ended(journal: Journal, stream: str) -> None:
-    await journal.open_run(opening(stream, seal=True))
-    assert not (await journal.describe(stream)).finished
-    await journal.append(batch(stream, 1, "a", ending=COMPLETED))
-    assert (await journal.describe(stream)).finished
-
-
-async def test_seal_and_retention_apply_only_to_a_new_stream(journal: Journal, stream: str) -> None:
-    await journal.open_run(opening(stream, "r1", retention=Retention(100, 0, 0)))
-    await journal.open_run(opening(stream, "r2", retention=Retention(7, 8, 9), seal=True))
-    info = await journal.describe(stream)
-    assert info.retention == Retention(100, 0, 0)
-    assert not info.sealed
-
 
 # Appending.
 
@@ -293,7 +161,7 @@ async def test_control_frames_take_no_producer_sequence(journal: Journal, stream
     assert (await journal.append(batch(stream, 1, "c", run="r2"))).next_seq == 2
 
 
-async def test_an_append_of_nothing_answers_where_the_stream_stands(journal: Journal, stream: str) -> None:
+async def test_an_append_of_nothing_answers_where_the_run_stands(journal: Journal, stream: str) -> None:
     await journal.open_run(opening(stream))
     last = (await journal.append(batch(stream, 1, "a"))).last
     assert await journal.append(batch(stream, 2)) == Appended(last, 0, 0, 2)
@@ -301,11 +169,12 @@ async def test_an_append_of_nothing_answers_where_the_stream_stands(journal: Jou
     assert len(await everything(journal, stream)) == 2
 
 
-async def test_last_is_the_streams_last_id_not_the_runs(journal: Journal, stream: str) -> None:
+async def test_last_is_the_runs_newest_id_not_the_streams(journal: Journal, stream: str) -> None:
     await journal.open_run(opening(stream, "r1"))
-    await journal.append(batch(stream, 1, "a"))
+    first = await journal.append(batch(stream, 1, "a"))
     second = await journal.open_run(opening(stream, "r2"))
-    assert (await journal.append(batch(stream, 1, "a"))).last == second.first
+    assert (await journal.append(batch(stream, 1, "a"))).last == first.last
+    assert (await journal.append(batch(stream, 1, run="r2"))).last == second.first
 
 
 async def test_a_hole_in_the_producers_sequence_is_refused(journal: Journal, stream: str) -> None:
@@ -386,108 +255,6 @@ async def test_a_cancelled_caller_does_not_harm_the_journal(journal: Journal, st
     assert calls[0].cancelled()
     assert (await journal.append(batch(stream, 1, "a"))).next_seq == 2
     assert data((await everything(journal, stream))[1:]) == [b"a"]
-
-
-# Ending.
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param(COMPLETED, id="completed"),
-        pytest.param(FAILED, id="failed"),
-        pytest.param(ending(Reason.CLIENT_CANCEL), id="cancelled"),
-        pytest.param(ending(Reason.OWNER_LOST, "the owner is gone"), id="lost"),
-    ],
-)
-async def test_run_ended_is_the_last_frame_of_the_same_step(
-    journal: Journal, stream: str, how: Ending
-) -> None:
-    await journal.open_run(opening(stream))
-    await journal.append(batch(stream, 1, "a", text_bytes=1))
-    answer = await journal.append(batch(stream, 2, "b", "c", text_bytes=20, ending=how))
-    frames = await everything(journal, stream)
-    assert data(frames[1:4]) == [b"a", b"b", b"c"]
-    assert (frames[4].run, frames[4].event) == ("r1", "relay")
-    assert frames[4].data == run_ended("r1", how, 3, 21)
-    assert answer == Appended(frames[4].id, 2, 0, 4)
-
-
-async def test_run_ended_has_an_error_only_when_there_is_one(journal: Journal, stream: str) -> None:
-    await journal.open_run(opening(stream, "r1"))
-    await journal.append(batch(stream, 1, ending=COMPLETED))
-    await journal.open_run(opening(stream, "r2"))
-    await journal.append(batch(stream, 1, "ab", text_bytes=2, run="r2", ending=FAILED))
-    ended = [frame.data for frame in await everything(journal, stream) if b"run.ended" in frame.data]
-    assert ended == [
-        b'{"type":"run.ended","run":"r1","status":"completed","reason":"producer_end",'
-        b'"frames":0,"text_bytes":0}',
-        b'{"type":"run.ended","run":"r2","status":"failed","reason":"producer_failed",'
-        b'"error":"the \\"model\\" broke","frames":1,"text_bytes":2}',
-    ]
-
-
-async def test_nothing_new_is_appended_after_the_end(journal: Journal, stream: str) -> None:
-    await journal.open_run(opening(stream))
-    await journal.append(batch(stream, 1, "a", ending=FAILED))
-    for late in (batch(stream, 2, "b"), batch(stream, 1, "a", "b"), batch(stream, 2, "b", ending=FAILED)):
-        with pytest.raises(RunEnded) as refused:
-            await journal.append(late)
-        assert refused.value.extra == {"run_status": "failed", "reason": "producer_failed"}
-    assert len(await everything(journal, stream)) == 3
-
-
-async def test_an_ending_batch_can_be_retried(journal: Journal, stream: str) -> None:
-    """Duplicates are dropped before the status is checked, and the same ending is one of them."""
-    await journal.open_run(opening(stream))
-    last = batch(stream, 1, "a", "b", ending=FAILED)
-    first = await journal.append(last)
-    assert await journal.append(last) == Appended(first.last, 0, 2, 3)
-    assert await journal.append(batch(stream, 3, ending=FAILED)) == Appended(first.last, 0, 0, 3)
-    assert len(await everything(journal, stream)) == 4
-
-
-async def test_duplicates_alone_are_no_error_after_the_end(journal: Journal, stream: str) -> None:
-    await journal.open_run(opening(stream))
-    end = await journal.append(batch(stream, 1, "a", ending=COMPLETED))
-    assert await journal.append(batch(stream, 1, "a")) == Appended(end.last, 0, 1, 2)
-    assert await journal.append(batch(stream, 2)) == Appended(end.last, 0, 0, 2)
-
-
-async def test_an_ending_with_another_error_text_is_the_same_ending(journal: Journal, stream: str) -> None:
-    await journal.open_run(opening(stream))
-    end = await journal.append(batch(stream, 1, ending=FAILED))
-    other = ending(Reason.PRODUCER_FAILED, "said otherwise")
-    assert (await journal.append(batch(stream, 1, ending=other))).last == end.last
-    assert (await journal.run(stream, "r1")).error == FAILED.error
-
-
-async def test_another_ending_is_refused(journal: Journal, stream: str) -> None:
-    await journal.open_run(opening(stream))
-    await journal.append(batch(stream, 1, ending=COMPLETED))
-    for other in (FAILED, ending(Reason.UPSTREAM_END)):
-        with pytest.raises(RunEnded) as refused:
-            await journal.append(batch(stream, 1, ending=other))
-        assert refused.value.extra == {"run_status": "completed", "reason": "producer_end"}
-
-
-async def test_one_of_two_concurrent_endings_wins(journal: Journal, stream: str) -> None:
-    await journal.open_run(opening(stream))
-    outcomes = await asyncio.gather(
-        journal.append(batch(stream, 1, ending=COMPLETED)),
-        journal.append(batch(stream, 1, ending=FAILED)),
-        return_exceptions=True,
-    )
-    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Appended", "RunEnded"]
-    assert len(await everything(journal, stream)) == 2
-
-
-async def test_other_runs_go_on_after_one_has_ended(journal: Journal, stream: str) -> None:
-    await journal.open_run(opening(stream, "r1"))
-    await journal.open_run(opening(stream, "r2"))
-    await journal.append(batch(stream, 1, ending=COMPLETED))
-    assert (await journal.append(batch(stream, 1, "a", run="r2"))).appended == 1
-    assert (await journal.describe(stream)).open_runs == ["r2"]
 
 
 # Reading.
@@ -695,7 +462,7 @@ async def test_streams_are_listed_by_name_in_pages(journal: Journal, name: Calla
     names = sorted(name(suffix) for suffix in ("b", "a", "a.b", "C", "c", "~", "0"))
     for each in names:
         await journal.open_run(opening(each))
-    listed = []
+    listed: list[StreamInfo] = []
     after = name("")
     while len(listed) < len(names):
         page = await journal.streams(after, 3)
@@ -713,7 +480,7 @@ async def test_tops_leave_out_what_does_not_exist(journal: Journal, name: Callab
     await journal.open_run(opening(name("b")))
     second = await journal.append(batch(name("b"), 1, "x", "y"))
     tops = await journal.tops([name("a"), name("nowhere"), name("b")])
-    assert dict(tops) == {name("a"): first.first, name("b"): second.last}
+    assert dict(tops) == {name("a"): StreamTop(first.first, False), name("b"): StreamTop(second.last, False)}
     assert dict(await journal.tops([])) == {}
 
 
@@ -835,7 +602,7 @@ async def test_a_stream_trimmed_empty_remembers_its_top(journal: Journal, stream
     page = await journal.read(stream, ORIGIN, 10, ROOMY)
     assert (list(page.frames), page.more, page.extent) == ([], False, info.extent)
     assert judge(last, page.extent, None) in (Standing.HERE, Standing.RECREATED)
-    assert dict(await journal.tops([stream])) == {stream: last}
+    assert dict(await journal.tops([stream])) == {stream: StreamTop(last, False)}
     opened = await journal.open_run(opening(stream, "r2"))
     assert (opened.start, opened.first.seq) == (last, 4)
     assert [frame.seq for frame in await everything(journal, stream)] == [4]
@@ -986,8 +753,35 @@ async def test_a_deletion_is_told(journal: Journal, ear: Any, stream: str) -> No
     await journal.delete(stream)
     await ear.hears(stream, "deleted")
     opened = await journal.open_run(opening(stream))
-    (told,) = await ear.hears(stream, "frames")
+    (*_, told) = await ear.hears(stream, "frames", 2)
     assert (told.previous, told.frames[0].id) == (ORIGIN, opened.first)
+    journal.unwatch(stream)
+
+
+async def test_the_endings_of_open_runs_are_told_just_before_a_deletion(
+    journal: Journal, ear: Any, owner: Any, stream: str
+) -> None:
+    """And their owners are told."""
+    await journal.open_run(opening(stream, "r1", owner=owner.name))
+    await journal.open_run(opening(stream, "r2"))
+    await journal.open_run(opening(stream, "r3"))
+    await journal.append(batch(stream, 1, "a", run="r3", ending=COMPLETED))
+    before = await top(journal, stream)
+    journal.watch(stream)
+    await ear.hears(stream, "doubt")
+    await journal.delete(stream)
+    await ear.hears(stream, "deleted")
+    await owner.hears_of(stream, "r1")
+    *told, deleted = [heard for heard in ear.heard[stream] if heard.call != "doubt"]
+    assert deleted.call == "deleted"
+    assert {heard.call for heard in told} == {"frames"}
+    assert told[0].previous == before
+    frames = [frame for heard in told for frame in heard.frames]
+    assert [frame.seq for frame in frames] == [before.seq + 1, before.seq + 2]
+    assert sorted(said(frames)) == [("r1", "run.ended"), ("r2", "run.ended")]
+    for frame in frames:
+        told_of = json.loads(frame.data)
+        assert (told_of["status"], told_of["reason"]) == ("cancelled", "stream_deleted")
     journal.unwatch(stream)
 
 
@@ -996,110 +790,3 @@ async def test_watchers_counts_the_processes_that_watch(journal: Journal, ear: A
     journal.watch(stream)
     await ear.hears(stream, "doubt")
     assert await journal.watchers(stream) == 1
-
-
-# Idempotency keys.
-
-
-async def test_the_first_claim_wins_and_others_see_it_pending(journal: Journal, stream: str) -> None:
-    assert await journal.claim(stream, "digest", "owner", 60, 3600) == Claim("won")
-    assert await journal.claim(stream, "digest", "another", 60, 3600) == Claim("pending")
-
-
-async def test_one_of_many_concurrent_claims_wins(journal: Journal, stream: str) -> None:
-    claims = await asyncio.gather(*(journal.claim(stream, "digest", f"o{n}", 60, 3600) for n in range(20)))
-    assert sorted(claim.state for claim in claims) == ["pending"] * 19 + ["won"]
-
-
-async def test_the_owner_renews_its_own_claim(journal: Journal, stream: str) -> None:
-    for _ in range(3):
-        assert (await journal.claim(stream, "digest", "owner", 60, 3600)).state == "won"
-
-
-async def test_another_body_is_a_mismatch_pending_or_settled(journal: Journal, stream: str) -> None:
-    await journal.claim(stream, "digest", "owner", 60, 3600)
-    assert (await journal.claim(stream, "other", "another", 60, 3600)).state == "mismatch"
-    assert (await journal.claim(stream, "other", "owner", 60, 3600)).state == "mismatch"
-    await journal.settle(stream, "owner", "s", "r")
-    assert (await journal.claim(stream, "other", "another", 60, 3600)).state == "mismatch"
-    assert await journal.claim(stream, "digest", "another", 60, 3600) == Claim("settled", "s", "r")
-
-
-async def test_a_settled_claim_says_which_run_it_led_to(journal: Journal, stream: str) -> None:
-    await journal.claim(stream, "digest", "owner", 60, 3600)
-    await journal.settle(stream, "owner", "s", "r")
-    await journal.settle(stream, "owner", "s", "r")
-    for owner in ("owner", "another"):
-        assert await journal.claim(stream, "digest", owner, 60, 3600) == Claim("settled", "s", "r")
-
-
-async def test_settling_and_releasing_anothers_claim_do_nothing(journal: Journal, stream: str) -> None:
-    await journal.settle(stream, "nobody", "s", "r")
-    await journal.release(stream, "nobody")
-    await journal.claim(stream, "digest", "owner", 60, 3600)
-    await journal.settle(stream, "another", "s", "r")
-    await journal.release(stream, "another")
-    assert (await journal.claim(stream, "digest", "another", 60, 3600)).state == "pending"
-
-
-async def test_a_released_claim_can_be_won_by_another(journal: Journal, stream: str) -> None:
-    await journal.claim(stream, "digest", "owner", 60, 3600)
-    await journal.release(stream, "owner")
-    assert (await journal.claim(stream, "other", "another", 60, 3600)).state == "won"
-
-
-async def test_a_settled_claim_is_not_released(journal: Journal, stream: str) -> None:
-    await journal.claim(stream, "digest", "owner", 60, 3600)
-    await journal.settle(stream, "owner", "s", "r")
-    await journal.release(stream, "owner")
-    assert (await journal.claim(stream, "digest", "another", 60, 3600)).state == "settled"
-
-
-async def until_won(journal: Journal, key: str, digest: str, owner: str) -> None:
-    async with asyncio.timeout(10):
-        while (await journal.claim(key, digest, owner, 60, 3600)).state != "won":
-            pass
-
-
-async def test_a_claim_that_is_not_renewed_lapses(journal: Journal, stream: str) -> None:
-    """Then it is another's, with any body, and the late owner can neither settle nor release it."""
-    await journal.claim(stream, "digest", "owner", 0.02, 3600)
-    await until_won(journal, stream, "other", "another")
-    await journal.settle(stream, "owner", "s", "r")
-    await journal.release(stream, "owner")
-    assert (await journal.claim(stream, "other", "third", 60, 3600)).state == "pending"
-
-
-async def test_a_lapsed_claim_nobody_else_took_can_still_be_settled(
-    steered: SqliteJournal, clock: Any
-) -> None:
-    await steered.claim("k", "digest", "owner", 10, 3600)
-    clock.ms += 11_000
-    await steered.sweep()
-    await steered.settle("k", "owner", "s", "r")
-    assert await steered.claim("k", "digest", "another", 10, 3600) == Claim("settled", "s", "r")
-
-
-async def test_a_settled_claim_is_kept_as_long_as_it_said(journal: Journal, stream: str) -> None:
-    await journal.claim(stream, "digest", "owner", 60, 0.02)
-    await journal.settle(stream, "owner", "s", "r")
-    await until_won(journal, stream, "other", "another")
-
-
-async def test_leases_are_counted_from_the_last_renewal(steered: SqliteJournal, clock: Any) -> None:
-    for _ in range(5):
-        assert (await steered.claim("k", "digest", "owner", 10, 3600)).state == "won"
-        clock.ms += 9_999
-        assert (await steered.claim("k", "digest", "another", 10, 3600)).state == "pending"
-    clock.ms += 1
-    assert (await steered.claim("k", "digest", "another", 10, 3600)).state == "won"
-
-
-async def test_a_settled_claim_is_kept_from_when_it_was_settled(steered: SqliteJournal, clock: Any) -> None:
-    await steered.claim("k", "digest", "owner", 10, 100)
-    clock.ms += 9_000
-    await steered.settle("k", "owner", "s", "r")
-    clock.ms += 99_999
-    assert (await steered.claim("k", "digest", "another", 10, 100)).state == "settled"
-    clock.ms += 1
-    assert (await steered.claim("k", "digest", "another", 10, 100)).state == "won"
