@@ -8,16 +8,31 @@ open. An entry of the Redis Stream is a frame and its id is the frame's id; ever
     <prefix>:{<stream>}:run:<run>  a run: status, writer, counters, how it ended
     <prefix>:{<stream>}:runs       every run by the seq before its first frame; `open` those not ended
     <prefix>:{<stream>}:index      sparse: cumulative data bytes up to a seq, for retention by bytes
+    <prefix>:{<stream>}:undelivered  runs whose end is to be delivered and is not yet, as `runs`
     <prefix>:{<stream>}:tombstone  the last ms of a deleted stream, which its next life must exceed
 
-Outside the tag, written by separate commands and never trusted without looking at the stream:
+Outside the tag, written by separate commands and never trusted without looking at the stream or run, which a
+member "<stream> <run>" names:
 
     <prefix>:streams               names, for listing
     <prefix>:token:<token>         stream and run of a resume token
+    <prefix>:owners                processes that may own runs
+    <prefix>:owner:<name>          the lease of one: there while it lives
+    <prefix>:owned:<name>          runs that it may own
+    <prefix>:due                   other runs by when one has to look at them, in ms
+    <prefix>:ended                 runs by the ms of their ending, the newest ENDED_MAX
+    <prefix>:deliveries            runs by when their end is next to be delivered, in ms
+
+and alone, because nothing is derived from it:
+
     <prefix>:claim:<key>           who holds an idempotency key, and what it led to
 
-A message of the channel `<prefix>:<db>:follow:{<stream>}` is what an append journaled, or empty for a
-deletion.
+The indexes of open runs are written before the run is opened. After an ending the run is put into those of
+endings first and only then taken out of the former, so that whatever breaks off in between is found there.
+
+A message of the channel `<prefix>:<db>:follow:{<stream>}` is what one operation journaled, perhaps of several
+runs, or says that the stream takes no further run; an empty one is a deletion. One of the channel
+`<prefix>:<db>:owner:<name>` tells a process that a run of its own is over.
 """
 
 from __future__ import annotations
@@ -25,7 +40,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -37,27 +52,40 @@ from redis.exceptions import RedisError
 
 from relay.cursor import Cursor, Extent
 from relay.errors import (
+    Diverged,
     Fenced,
     JournalUnavailable,
+    Rewound,
     RunEnded,
     RunExists,
     SequenceGap,
     StartupError,
+    StreamBusy,
     StreamSealed,
     UnknownRun,
     UnknownStream,
 )
-from relay.frame import Frame, run_started
+from relay.frame import Event, Frame, run_started
 from relay.journal.base import (
     Append,
     Appended,
     Claim,
+    Delivery,
+    Ended,
+    EndedRun,
     Follower,
+    Held,
     Opened,
     Page,
+    Renewal,
     RunInfo,
     RunOpening,
+    RunOwner,
+    RunState,
+    StreamChange,
     StreamInfo,
+    StreamTop,
+    TakenOver,
 )
 from relay.journal.redis_connection import (
     Address,
@@ -68,7 +96,7 @@ from relay.journal.redis_connection import (
     fetch_info,
     pack,
 )
-from relay.lifecycle import Status
+from relay.lifecycle import Ending, Reason, Status, ending
 from relay.limits import Retention
 
 OLDEST_SERVER = (6, 2)
@@ -79,18 +107,26 @@ KNOWN_STREAMS_MAX = 10_000
 PAGE_OVERSHOOT = 2
 """A page is read without looking at sizes while it cannot exceed its bytes by more than this factor."""
 
+ENDED_MAX = 100_000
+"""Runs in the order of endings."""
+
+LOOKED_AT_MS = 24 * 3600 * 1000
+"""A run without an owner is looked at so often even if it is never due, for an ending that was not filed."""
+
+_SEALED = b"sealed"
+"""What tells followers; no other message begins like it."""
+
 _MULTI = pack(b"MULTI")
 _EXEC = pack(b"EXEC")
 _POSITION = (b"created", b"earliest", b"last_seq", b"last_ms", b"largest")
 
 
 class _Script:
-    """A Lua file, with what the operations on frames share in front of it if it needs that."""
+    """A Lua file, with those in front of it that hold what it shares with others."""
 
-    def __init__(self, name: str, *, on_frames: bool = False) -> None:
+    def __init__(self, *names: str) -> None:
         directory = resources.files("relay.journal") / "lua"
-        shared = (directory / "stream.lua").read_text() if on_frames else ""
-        self.text = (shared + (directory / f"{name}.lua").read_text()).encode()
+        self.text = "".join((directory / f"{name}.lua").read_text() for name in names).encode()
         self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
 
     def command(self, keys: Sequence[bytes], arguments: Sequence[str | bytes | int]) -> _ScriptCommand:
@@ -116,12 +152,24 @@ class _ScriptCommand:
         return pack(b"EVAL", self._script.text, *self._arguments)
 
 
-_OPEN_RUN = _Script("open_run", on_frames=True)
-_APPEND = _Script("append", on_frames=True)
-_TRIM = _Script("trim", on_frames=True)
-_DELETE = _Script("delete")
+_OPEN_RUN = _Script("stream", "life", "open_run")
+_APPEND = _Script("stream", "append")
+_RESTORE = _Script("stream", "life", "restore")
+_TAKE_OVER = _Script("take_over")
+_HEAR_OF = _Script("hear_of")
+_END_RUN = _Script("stream", "life", "end_run")
+_END_DUE = _Script("stream", "life", "end_due")
+_PUT_STREAM = _Script("stream", "life", "put_stream")
+_SEAL = _Script("seal")
+_TRIM = _Script("stream", "trim")
+_DELETE = _Script("stream", "life", "delete")
 _DESCRIBE = _Script("describe")
+_RUNS = _Script("runs")
 _READ_BOUNDED = _Script("read_bounded")
+_DUE_IN = _Script("due_in")
+_TAKE_DUE = _Script("take_due")
+_SETTLE_DELIVERY = _Script("stream", "settle_delivery")
+_POSTPONE_DELIVERY = _Script("postpone_delivery")
 _CLAIM = _Script("claim")
 _SETTLE = _Script("settle")
 _RELEASE = _Script("release")
@@ -133,9 +181,13 @@ class _Keys(NamedTuple):
     byte_index: bytes
     open: bytes
     runs: bytes
-    run_prefix: bytes
+    undelivered: bytes
     tombstone: bytes
+    run_prefix: bytes
     channel: bytes
+
+    def run(self, run: str) -> bytes:
+        return self.run_prefix + run.encode()
 
 
 class _Names(dict[bytes, str]):
@@ -158,13 +210,14 @@ class RedisJournal:
         self._reading: Lane | None = None
         self._following: FollowLink | None = None
         self._follower: Follower | None = None
+        self._owner: RunOwner | None = None
         self._watched: dict[bytes, str] = {}
         self._largest: OrderedDict[str, int] = OrderedDict()
         self._keys = lru_cache(KNOWN_STREAMS_MAX)(self._make_keys)
 
     # Starting and stopping.
 
-    async def start(self, follower: Follower) -> None:
+    async def start(self, follower: Follower, owner: RunOwner | None = None) -> None:
         try:
             address = Address(self._url)
         except (ValueError, RedisError) as error:
@@ -173,7 +226,7 @@ class RedisJournal:
                 "It looks like redis://user:password@host:6379/0, rediss://… for TLS, or unix:///path?db=0."
             ) from None
         _check_server(await _ask_server(address, self._timeout_s), address.name)
-        self._follower = follower
+        self._follower, self._owner = follower, owner
         self._db = address.db
         self._keys.cache_clear()
         self._writing = Lane(address, "write", self._timeout_s)
@@ -182,6 +235,8 @@ class RedisJournal:
         self._watched = {self._keys(stream).channel: stream for stream in self._watched.values()}
         for channel in self._watched:
             self._following.subscribe(channel)
+        if owner is not None:
+            self._following.subscribe(self._owner_channel(owner.name))
         try:
             await asyncio.gather(self._writing.open(), self._reading.open(), self._following.open())
         except TimeoutError:
@@ -194,85 +249,312 @@ class RedisJournal:
                 await link.close()
         self._following = self._reading = self._writing = None
 
-    # Writing.
+    # Streams.
 
-    async def open_run(self, opening: RunOpening) -> Opened:
-        keys = self._keys(opening.stream)
-        retention = opening.retention
-        metadata = orjson.loads(opening.metadata) if opening.metadata else None
-        arguments: list[str | bytes | int] = [opening.run, opening.writer, opening.token, opening.dialect]
-        arguments += [opening.metadata, opening.answer, keys.channel]
-        arguments.append(run_started(opening.run, opening.dialect or None, metadata))
-        arguments += [retention.max_frames, retention.max_bytes, retention.retention_s * 1000]
-        arguments.append(int(opening.seal))
-        run_key = keys.run_prefix + opening.run.encode()
-        command = _OPEN_RUN.command((*keys[:5], run_key, keys.tombstone), arguments)
-        # The hints go before the run, so that no run exists that they do not lead to, and the listing once
-        # more after it, because whoever found the stream missing may have taken it off in between.
-        listing = self._listing(opening.stream)
-        token = self._token_hint(opening.token, opening.stream, opening.run, retention.retention_s * 1000)
-        lane = _lane(self._writing)
-        replies = await lane.submit(token + listing + command.by_sha + listing, 4)
-        reply = replies.pop(2)
-        _refuse_errors(replies)
-        if _needs_script(reply):
-            reply, listed = await lane.submit(command.by_text + listing, 2)
-            _refuse_errors([listed])
-        if isinstance(reply, hiredis.ReplyError):
-            raise as_journal_error(reply)
-        if reply[0] == b"run_exists":
-            raise RunExists(f"The stream has a run '{opening.run}' with another writer.")
-        if reply[0] == b"stream_sealed":
-            raise StreamSealed("The stream takes no further run.")
-        return Opened(Cursor(reply[1], reply[2]), Cursor(reply[3], reply[4]))
+    async def put_stream(self, stream: str, retention: Retention, change: StreamChange) -> bool:
+        keys = self._keys(stream)
+        retention_ms = None if change.retention_s is None else change.retention_s * 1000
+        arguments: list[str | bytes | int] = [
+            b"" if bound is None else bound for bound in (change.max_frames, change.max_bytes, retention_ms)
+        ]
+        arguments += [change.metadata or b"", int(change.metadata is not None)]
+        arguments += [_packed(_bounds(retention)), keys.run_prefix]
+        command = _PUT_STREAM.command((*keys[:5], keys.tombstone), arguments)
+        listing = self._listing(stream)
+        _, reply, _ = await self._together(listing, command, listing)
+        created, retention_ms, *tokens = reply
+        for run, token in zip(tokens[::2], tokens[1::2], strict=True):
+            self._send(self._token_hint(token.decode(), stream, run.decode(), retention_ms))
+        return bool(created)
 
-    async def append(self, batch: Append) -> Appended:
-        keys = self._keys(batch.stream)
-        ending = batch.ending
-        arguments: list[str | bytes | int] = [batch.run, batch.writer, batch.producer_seq]
-        arguments += [batch.text_bytes, batch.dialect, keys.channel]
-        if ending is None:
-            arguments += (b"", b"", b"", b"")
-        else:
-            error = orjson.dumps(ending.error) if ending.error else b""
-            arguments += (ending.status.value, ending.reason.value, ending.error, error)
-        for event in batch.events:
-            arguments += event
-        reply = await self._script(
-            self._writing, _APPEND, (*keys[:5], keys.run_prefix + batch.run.encode()), arguments
-        )
-        code = reply[0]
-        if code == b"ok":
-            if reply[6]:
-                hint = self._token_hint(reply[6].decode(), batch.stream, batch.run, reply[7])
-                _unheeded(_lane(self._writing).submit(hint))
-            return Appended(Cursor(reply[1], reply[2]), reply[3], reply[4], reply[5])
-        if code == b"unknown_stream":
-            raise _unknown_stream(batch.stream)
-        if code == b"unknown_run":
-            raise _unknown_run(batch.run)
-        if code == b"fenced":
-            raise Fenced("The writer token is not the run's, or no longer.")
-        if code == b"sequence_gap":
-            raise SequenceGap(f"The run expects frame {reply[1]} next.", expected=reply[1])
-        assert code == b"run_ended", reply
-        status, reason = reply[1].decode(), reply[2].decode()
-        raise RunEnded(f"The run has ended: {status}, {reason}.", run_status=status, reason=reason)
+    async def seal(self, stream: str) -> None:
+        keys = self._keys(stream)
+        reply = await self._script(self._writing, _SEAL, (keys.meta,), (keys.channel, _SEALED))
+        _refuse(reply, stream)
 
     async def trim(self, stream: str, before_seq: int) -> None:
-        reply = await self._script(self._writing, _TRIM, self._keys(stream)[:3], (before_seq,))
-        if reply[0] == b"unknown_stream":
-            raise _unknown_stream(stream)
+        _refuse(await self._script(self._writing, _TRIM, self._keys(stream)[:3], (before_seq,)), stream)
 
     async def delete(self, stream: str) -> None:
         keys = self._keys(stream)
-        tokens = await self._script(
-            self._writing, _DELETE, (*keys[:5], keys.tombstone), (keys.run_prefix, keys.channel, TOMBSTONE_MS)
-        )
+        arguments = (stream, keys.channel, self._owner_channel(""), keys.run_prefix)
+        end = _packed_ending(ending(Reason.STREAM_DELETED), {})
+        reply = await self._script(self._writing, _DELETE, keys[:7], (*arguments, end, TOMBSTONE_MS))
         self._largest.pop(stream, None)
-        for token in tokens:
-            _unheeded(_lane(self._writing).submit(pack(b"UNLINK", self._token_key(token.decode()))))
+        for run, token, owner in zip(reply[::3], reply[1::3], reply[2::3], strict=True):
+            self._send(pack(b"UNLINK", self._token_key(token.decode())))
+            self._send(*self._off_indexes(stream, run.decode(), owner.decode()))
         await self._forget([stream])
+
+    # Runs.
+
+    async def open_run(self, opening: RunOpening) -> Opened:
+        stream, keys = opening.stream, self._keys(opening.stream)
+        metadata = orjson.loads(opening.metadata) if opening.metadata else None
+        arguments: list[str | bytes | int] = [stream, opening.run, keys.channel, self._owner_channel("")]
+        arguments += [_SEALED, _packed_opening(opening)]
+        arguments.append(run_started(opening.run, opening.dialect or None, metadata))
+        arguments.append(opening.if_busy)
+        arguments.append(_packed_ending(ending(Reason.SUPERSEDED), opening.error_events))
+        arguments += opening.supersedes
+        command = _OPEN_RUN.command((*keys[:5], keys.run(opening.run), keys.tombstone), arguments)
+        # The hints go before the run, so that no run exists that they do not lead to, and the listing once
+        # more after it, because whoever found the stream missing may have taken it off in between.
+        *_, reply, _ = await self._together(*self._opening_hints(opening), command, self._listing(stream))
+        match reply[0]:
+            case b"run_exists":
+                raise RunExists(f"The stream has a run '{opening.run}' with another writer.")
+            case b"stream_sealed":
+                raise StreamSealed("The stream takes no further run.")
+            case b"stream_busy":
+                raise StreamBusy("The stream has an open run.", open_runs=[run.decode() for run in reply[1]])
+            case b"unknown_run":
+                raise _unknown_run(reply[1].decode())
+        start, first, last = (
+            Cursor(reply[1], reply[2]),
+            Cursor(reply[3], reply[4]),
+            Cursor(reply[5], reply[4]),
+        )
+        superseded, after = (tuple(names.decode().split()) for names in reply[7:9])
+        ended = {run.decode(): (owner.decode(), delivery) for run, owner, delivery in reply[9]}
+        for run, (owner, delivery) in ended.items():
+            self._file(stream, run, last.ms, owner, delivery)
+        if not ended:
+            for run in superseded:  # whoever asked before may not have come to file their endings
+                await self.file_ending(stream, run)
+        return Opened(start, first, last, superseded, reply[6], after)
+
+    async def append(self, batch: Append) -> Appended:
+        keys = self._keys(batch.stream)
+        end = batch.ending
+        arguments: list[str | bytes | int] = [batch.run, batch.writer, batch.producer_seq]
+        arguments += (batch.text_bytes, batch.dialect, keys.channel)
+        if end is None:
+            arguments += (b"", b"", b"", b"", batch.answer, *batch.acknowledged, 0)
+        else:
+            arguments += (end.status.value, end.reason.value, end.error, _error_json(end))
+            arguments += (batch.answer, *batch.acknowledged, int(batch.error_event is not None))
+        for event in batch.events:
+            arguments += event
+        if end is not None and batch.error_event is not None:
+            arguments += batch.error_event
+        reply = await self._script(self._writing, _APPEND, (*keys[:5], keys.run(batch.run)), arguments)
+        if reply[0] != b"ok":
+            _refuse(reply, batch.stream, batch.run)
+        if reply[6]:
+            self._send(self._token_hint(reply[6].decode(), batch.stream, batch.run, reply[7]))
+        if end is not None:
+            self._file(batch.stream, batch.run, reply[2], reply[8].decode(), reply[9])
+        return Appended(Cursor(reply[1], reply[2]), reply[3], reply[4], reply[5])
+
+    async def restore(self, opening: RunOpening, held: Held) -> None:
+        keys = self._keys(opening.stream)
+        arguments: list[str | bytes | int] = [opening.run, keys.channel, *held.first, held.producer_seq]
+        arguments += [held.text_bytes, _packed_opening(opening)]
+        own = {} if held.error_event is None else {"": held.error_event}
+        arguments.append(b"" if held.ending is None else _packed_ending(held.ending, own))
+        for event in held.events:
+            arguments += event
+        command = _RESTORE.command((*keys[:5], keys.run(opening.run), keys.tombstone), arguments)
+        *_, reply = await self._together(*self._opening_hints(opening), command)
+        _refuse(reply, opening.stream, opening.run)
+        if held.ending is not None:
+            await self.file_ending(opening.stream, opening.run)
+
+    async def take_over(self, stream: str, run: str, writer: str, idle_timeout_s: float) -> TakenOver:
+        keys = self._keys(stream)
+        idle_ms = _ms(idle_timeout_s)
+        arguments = (stream, run, self._owner_channel(""), writer, idle_ms)
+        command = _TAKE_OVER.command((keys.meta, keys.run(run)), arguments)
+        _, reply = await self._together(self._due_hint(stream, run, idle_ms), command)
+        _refuse(reply, stream, run)
+        if reply[4]:
+            self._send(pack(b"SREM", self._owned_key(reply[4].decode()), _member(stream, run)))
+        return TakenOver(reply[1], Cursor(reply[2], reply[3]))
+
+    async def hear_of(self, stream: str, run: str, writer: str) -> RunState:
+        keys = self._keys(stream)
+        reply = await self._script(self._writing, _HEAR_OF, (keys.meta, keys.run(run)), (writer,))
+        return _run_state(_refuse(reply, stream, run)[1:])
+
+    async def end_run(
+        self, stream: str, run: str, ending: Ending, error_events: Mapping[str, Event], *, owner: str = ""
+    ) -> Ended:
+        keys = self._keys(stream)
+        said = _packed_ending(ending, error_events)
+        arguments = (stream, run, keys.channel, self._owner_channel(""), said, owner)
+        reply = await self._script(self._writing, _END_RUN, (*keys[:5], keys.run(run)), arguments)
+        ended = None if reply[0] != b"ok" else self._ended(stream, run, reply)
+        if owner and (ended is None or ended.owner != owner):
+            # It was found where it does not belong, and the run does not say who else lists it there.
+            self._send(pack(b"SREM", self._owned_key(owner), _member(stream, run)))
+        if ended is None:
+            _refuse(reply, stream, run)
+        assert ended is not None
+        return ended
+
+    async def run(self, stream: str, run: str) -> RunInfo:
+        keys = self._keys(stream)
+        packed = pack(b"HGETALL", keys.run(run)) + pack(b"EXISTS", keys.meta)
+        flat, stream_exists = _refuse_errors(await _lane(self._reading).submit(packed, 2))
+        if not stream_exists:
+            raise _unknown_stream(stream)
+        if not flat:
+            raise _unknown_run(run)
+        return _run_info(run, flat)
+
+    async def runs(self, stream: str, after: str, limit: int) -> Sequence[RunInfo]:
+        keys = self._keys(stream)
+        arguments = (after, limit, keys.run_prefix)
+        reply = await self._script(self._reading, _RUNS, (keys.meta, keys.runs), arguments)
+        _, *listed = _refuse(reply, stream, after)
+        return [
+            _run_info(run.decode(), flat) for run, flat in zip(listed[::2], listed[1::2], strict=True) if flat
+        ]
+
+    async def states(self, runs: Sequence[tuple[str, str]]) -> Sequence[RunState | None]:
+        fields = (b"status", b"reason", b"writer", b"last_seq", b"last_ms")
+        replies = await self._of_each(
+            pack(b"HMGET", self._keys(stream).run(run), *fields) for stream, run in runs
+        )
+        return [None if reply[0] is None else _run_state(reply) for reply in replies]
+
+    # Liveness.
+
+    async def renew(self, owner: str, lease_s: float) -> Renewal:
+        lease = pack(b"SET", self._owner_key(owner), b"1", b"PX", max(1, _ms(lease_s)), b"GET")
+        listing = pack(b"SADD", self._owners_key(), owner)
+        before, (seconds, micros), _ = await self._together(lease, pack(b"TIME"), listing)
+        return Renewal(before is not None, int(seconds) * 1000 + int(micros) // 1000)
+
+    async def resign(self, owner: str) -> None:
+        _refuse_errors([await _lane(self._writing).submit(pack(b"UNLINK", self._owner_key(owner)))])
+
+    async def lapsed_owners(self) -> Sequence[str]:
+        names = await self._owners()
+        leases = await self._of_each(pack(b"EXISTS", self._owner_key(name)) for name in names)
+        return [name for name, held in zip(names, leases, strict=True) if not held]
+
+    async def owned(self, owner: str, limit: int) -> Sequence[tuple[str, str]]:
+        owned_key, owners_key = self._owned_key(owner), self._owners_key()
+        members, alive = await self._together(
+            pack(b"SRANDMEMBER", owned_key, limit), pack(b"EXISTS", self._owner_key(owner))
+        )
+        if not members and not alive:
+            # Nobody needs to look here again; unless it came to own a run just now, after all.
+            forget, count = pack(b"SREM", owners_key, owner), pack(b"SCARD", owned_key)
+            _, came = await self._together(forget, count)
+            if came:
+                _refuse_errors([await _lane(self._writing).submit(pack(b"SADD", owners_key, owner))])
+        return [_named_by(member) for member in members]
+
+    async def due_runs(self, limit: int) -> Sequence[tuple[str, str]]:
+        members = await self._script(self._reading, _TAKE_DUE, (self._due_key(),), (limit, 0))
+        return [_named_by(member) for member in members]
+
+    async def end_due(
+        self,
+        stream: str,
+        run: str,
+        reachable_since_ms: int,
+        error_events: Mapping[Reason, Mapping[str, Event]],
+    ) -> Ended | None:
+        keys = self._keys(stream)
+        arguments: list[str | bytes | int] = [stream, run, keys.channel, self._owner_channel("")]
+        arguments.append(reachable_since_ms)
+        reasons = (Reason.IDLE_TIMEOUT, Reason.MAX_RUN)
+        arguments += (_packed_ending(ending(reason), error_events.get(reason, {})) for reason in reasons)
+        arguments.append(LOOKED_AT_MS)
+        reply = await self._script(self._writing, _END_DUE, (*keys[:5], keys.run(run)), arguments)
+        lane, member = _lane(self._writing), _member(stream, run)
+        match reply[0]:
+            case b"ended":
+                ended = self._ended(stream, run, reply)
+                return ended if ended.by_this else None
+            case b"due_at":
+                packed = pack(b"ZADD", self._due_key(), reply[1], member)
+            case _:
+                packed = pack(b"ZREM", self._due_key(), member)
+        _refuse_errors([await lane.submit(packed)])
+        return None
+
+    async def file_ending(self, stream: str, run: str) -> None:
+        fields = (b"status", b"ended_ms", b"deliver")
+        held = await _lane(self._writing).submit(pack(b"HMGET", self._keys(stream).run(run), *fields))
+        status, ended_ms, delivery = _refuse_errors(held)
+        if status == b"open":
+            return
+        member = _member(stream, run)
+        if status is not None:
+            await self._together(*self._onto_endings(stream, run, int(ended_ms), delivery))
+        # Where it is listed besides its own owner is not known: an owner may have been another's before.
+        lists = [self._owned_key(name) for name in await self._owners()]
+        gone = [pack(b"ZREM", self._deliveries_key(), member)] if status is None else []
+        await self._together(
+            pack(b"ZREM", self._due_key(), member), *gone, *(pack(b"SREM", key, member) for key in lists)
+        )
+
+    async def reindex(self, after: str, limit: int) -> str:
+        names = await self._listed(after, limit)
+        for stream in names:
+            await self._reindex(stream)
+        return names[-1] if len(names) == limit else ""
+
+    async def ended_runs(self, ended_after_ms: int, after: str, limit: int) -> Sequence[EndedRun]:
+        found: list[EndedRun] = []
+        from_ms, from_member = ended_after_ms + 1, b""
+        if after:
+            text, _, member = after.partition(" ")
+            if int(text) >= from_ms:
+                from_ms, from_member = int(text), member.encode()
+        skipped = 0
+        while len(found) < limit:
+            packed = pack(
+                *(b"ZRANGEBYSCORE", self._ended_key(), from_ms, b"+inf", b"WITHSCORES"),
+                *(b"LIMIT", skipped, max(limit, 100)),
+            )
+            (flat,) = _refuse_errors([await _lane(self._reading).submit(packed)])
+            if not flat:
+                break
+            skipped += len(flat) // 2
+            listed = [
+                (int(ms), member)
+                for member, ms in zip(flat[::2], flat[1::2], strict=True)
+                if int(ms) > from_ms or member > from_member
+            ][: limit - len(found)]
+            found += await self._ended_infos(listed)
+        return found
+
+    # Delivery of endings.
+
+    async def claim_deliveries(self, limit: int, lease_s: float) -> Sequence[Delivery]:
+        leased = (limit, max(1, _ms(lease_s)))
+        members = await self._script(self._writing, _TAKE_DUE, (self._deliveries_key(),), leased)
+        claimed = [_named_by(member) for member in members]
+        held = await self._of_each(
+            pack(b"HMGET", self._keys(stream).run(run), b"deliver", b"status", b"tries")
+            for stream, run in claimed
+        )
+        deliveries = []
+        for (stream, run), (delivery, status, tries) in zip(claimed, held, strict=True):
+            if delivery == b"pending" and status != b"open":
+                deliveries.append(Delivery(stream, run, int(tries or 0)))
+            else:
+                self._send(pack(b"ZREM", self._deliveries_key(), _member(stream, run)))
+        return deliveries
+
+    async def settle_delivery(self, stream: str, run: str) -> None:
+        keys = self._keys(stream)
+        settled = (keys.frames, keys.meta, keys.byte_index, keys.undelivered, keys.run(run))
+        # The run first: its place in the index is looked at again as long as it is there.
+        await self._script(self._writing, _SETTLE_DELIVERY, settled, (run,))
+        dropped = pack(b"ZREM", self._deliveries_key(), _member(stream, run))
+        _refuse_errors([await _lane(self._writing).submit(dropped)])
+
+    async def postpone_delivery(self, stream: str, run: str, delay_s: float) -> None:
+        if await self._script(self._writing, _POSTPONE_DELIVERY, (self._keys(stream).run(run),), ()):
+            later = (_member(stream, run), _ms(delay_s), b"CH")
+            await self._script(self._writing, _DUE_IN, (self._deliveries_key(),), later)
 
     # Reading.
 
@@ -319,59 +601,25 @@ class RedisJournal:
             raise _unknown_stream(stream)
         return info
 
-    async def run(self, stream: str, run: str) -> RunInfo:
-        keys = self._keys(stream)
-        packed = pack(b"HGETALL", keys.run_prefix + run.encode()) + pack(b"EXISTS", keys.meta)
-        flat, stream_exists = _refuse_errors(await _lane(self._reading).submit(packed, 2))
-        if not stream_exists:
-            raise _unknown_stream(stream)
-        if not flat:
-            raise _unknown_run(run)
-        held = _fields(flat)
-        return RunInfo(
-            run=run,
-            status=Status(held["status"]),
-            start=Cursor(int(held["start_seq"]), int(held["start_ms"])),
-            last=Cursor(int(held["last_seq"]), int(held["last_ms"])),
-            last_data=int(held["last_data"]),
-            frames=int(held["frames"]),
-            text_bytes=int(held["text_bytes"]),
-            started_ms=int(held["first_ms"]),
-            ended_ms=int(held["ended_ms"]),
-            reason=held["reason"],
-            error=held["error"],
-            dialect=held["dialect"],
-            metadata=held["metadata"],
-            answer=held["answer"],
-            token=held["token"],
-        )
-
     async def streams(self, after: str, limit: int) -> Sequence[StreamInfo]:
         found: list[StreamInfo] = []
         while len(found) < limit:
-            start = b"(" + after.encode() if after else b"-"
-            packed = pack(b"ZRANGEBYLEX", self._streams_key(), start, b"+", b"LIMIT", 0, limit - len(found))
-            (names,) = _refuse_errors([await _lane(self._reading).submit(packed)])
-            if not names:
+            listed = await self._listed(after, limit - len(found))
+            if not listed:
                 break
-            listed = [name.decode() for name in names]
             infos = await asyncio.gather(*map(self._describe, listed))
             found += [info for info in infos if info is not None]
             await self._forget([name for name, info in zip(listed, infos, strict=True) if info is None])
             after = listed[-1]
         return found
 
-    async def tops(self, streams: Sequence[str]) -> Mapping[str, Cursor]:
-        if not streams:
-            return {}
-        packed = b"".join(
-            pack(b"HMGET", self._keys(stream).meta, b"last_seq", b"last_ms") for stream in streams
+    async def tops(self, streams: Sequence[str]) -> Mapping[str, StreamTop]:
+        replies = await self._of_each(
+            pack(b"HMGET", self._keys(stream).meta, b"last_seq", b"last_ms", b"sealed") for stream in streams
         )
-        replies = await _lane(self._reading).submit(packed, len(streams))
-        replies = _refuse_errors(replies if len(streams) > 1 else [replies])
         return {
-            stream: Cursor(int(seq), int(ms))
-            for stream, (seq, ms) in zip(streams, replies, strict=True)
+            stream: StreamTop(Cursor(int(seq), int(ms)), sealed == b"1")
+            for stream, (seq, ms, sealed) in zip(streams, replies, strict=True)
             if seq is not None
         }
 
@@ -411,10 +659,15 @@ class RedisJournal:
     def _on_message(self, channel: bytes, payload: bytes) -> None:
         stream = self._watched.get(channel)
         if stream is None or self._follower is None:
+            if self._owner is not None and channel == self._owner_channel(self._owner.name):
+                self._owner.on_run_over(*_named_by(payload))
             return
         if not payload:
             self._largest.pop(stream, None)
             self._follower.on_deleted(stream)
+            return
+        if payload == _SEALED:
+            self._follower.on_sealed(stream)
             return
         previous_seq, previous_ms, ms, *flat = msgpack.unpackb(payload, raw=True)
         names = _Names()
@@ -476,8 +729,138 @@ class RedisJournal:
                 int(held["max_frames"]), int(held["max_bytes"]), int(held["retention_ms"]) // 1000
             ),
             metadata=held["metadata"],
-            active_ms=top.ms,
+            active_ms=max(top.ms, int(held["created"])),
         )
+
+    async def _together(self, *parts: bytes | _ScriptCommand) -> Sequence[Any]:
+        """Several commands in one write; their replies. All of them are sent again when one is a script that
+        the server does not know: it must do no harm to repeat them."""
+        lane = _lane(self._writing)
+        packed = (part if isinstance(part, bytes) else part.by_sha for part in parts)
+        replies = await lane.submit(b"".join(packed), len(parts))
+        replies = replies if len(parts) > 1 else [replies]
+        if any(_needs_script(reply) for reply in replies):
+            packed = (part if isinstance(part, bytes) else part.by_text for part in parts)
+            replies = await lane.submit(b"".join(packed), len(parts))
+        return _refuse_errors(replies)  # type: ignore[no-any-return]
+
+    async def _of_each(self, commands: Iterable[bytes]) -> Sequence[Any]:
+        """The replies to any number of commands that read."""
+        packed = list(commands)
+        if not packed:
+            return ()
+        replies = await _lane(self._reading).submit(b"".join(packed), len(packed))
+        return _refuse_errors(replies if len(packed) > 1 else [replies])  # type: ignore[no-any-return]
+
+    def _send(self, *commands: bytes) -> asyncio.Future[Any] | None:
+        """Commands whose answer nobody waits for, and whose failure is of no consequence."""
+        try:
+            answer = _lane(self._writing).submit(b"".join(commands), len(commands))
+        except JournalUnavailable:
+            return None
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return answer
+
+    # Indexes.
+
+    def _opening_hints(self, opening: RunOpening) -> list[bytes | _ScriptCommand]:
+        """What leads to a run that is going to be opened."""
+        stream, run = opening.stream, opening.run
+        hints: list[bytes | _ScriptCommand] = [self._listing(stream)]
+        hints.append(self._token_hint(opening.token, stream, run, opening.retention.retention_s * 1000))
+        if opening.owner:
+            # In this order: who sees no run of an owner takes it off the owners.
+            hints.append(pack(b"SADD", self._owned_key(opening.owner), _member(stream, run)))
+            hints.append(pack(b"SADD", self._owners_key(), opening.owner))
+        else:
+            bounds = [ms for ms in (_ms(opening.idle_timeout_s), _ms(opening.max_run_s)) if ms]
+            hints.append(self._due_hint(stream, run, min(bounds, default=0)))
+        return hints
+
+    def _due_hint(self, stream: str, run: str, in_ms: int) -> _ScriptCommand:
+        delay_ms = min(in_ms, LOOKED_AT_MS) if in_ms else LOOKED_AT_MS
+        return _DUE_IN.command((self._due_key(),), (_member(stream, run), delay_ms, b"LT"))
+
+    def _ended(self, stream: str, run: str, reply: Sequence[Any]) -> Ended:
+        """What a script says of an ending, which is filed whoever brought it about."""
+        _, by_this, status, reason, owner, text_bytes, ended_ms, delivery = reply
+        ended = Ended(bool(by_this), Status(status.decode()), reason.decode(), owner.decode(), text_bytes)
+        if ended.status is not Status.OPEN:
+            self._file(stream, run, ended_ms, ended.owner, delivery)
+        return ended
+
+    def _file(self, stream: str, run: str, ended_ms: int, owner: str, delivery: bytes) -> None:
+        """File an ending without keeping anybody waiting: first where it has to be, and only when it is
+        there off the indexes of open runs."""
+        off = self._off_indexes(stream, run, owner)
+
+        def then(filed: asyncio.Future[Any]) -> None:
+            if not filed.cancelled() and filed.exception() is None:
+                replies = filed.result()
+                if not any(isinstance(reply, hiredis.ReplyError) for reply in replies):
+                    self._send(*off)
+
+        filed = self._send(*self._onto_endings(stream, run, ended_ms, delivery))
+        if filed is not None:
+            filed.add_done_callback(then)
+
+    def _onto_endings(self, stream: str, run: str, ended_ms: int, delivery: bytes) -> list[bytes]:
+        member = _member(stream, run)
+        commands = [pack(b"ZADD", self._ended_key(), ended_ms, member)]
+        commands.append(pack(b"ZREMRANGEBYRANK", self._ended_key(), 0, -1 - ENDED_MAX))
+        if delivery == b"pending":
+            commands.append(pack(b"ZADD", self._deliveries_key(), b"NX", ended_ms, member))
+        return commands
+
+    def _off_indexes(self, stream: str, run: str, owner: str) -> list[bytes]:
+        member = _member(stream, run)
+        commands = [pack(b"ZREM", self._due_key(), member)]
+        if owner:
+            commands.append(pack(b"SREM", self._owned_key(owner), member))
+        return commands
+
+    async def _owners(self) -> list[str]:
+        (names,) = _refuse_errors([await _lane(self._writing).submit(pack(b"SMEMBERS", self._owners_key()))])
+        return [name.decode() for name in names]
+
+    async def _reindex(self, stream: str) -> None:
+        keys = self._keys(stream)
+        open_runs, undelivered = await self._of_each(
+            pack(b"ZRANGE", key, 0, -1) for key in (keys.open, keys.undelivered)
+        )
+        runs = sorted({run.decode() for run in (*open_runs, *undelivered)})
+        held = await self._of_each(
+            pack(b"HMGET", keys.run(run), b"status", b"owner", b"ended_ms", b"deliver") for run in runs
+        )
+        for run, (status, owner, ended_ms, delivery) in zip(runs, held, strict=True):
+            member = _member(stream, run)
+            if status is None:
+                continue
+            if status != b"open":
+                await self._together(*self._onto_endings(stream, run, int(ended_ms), delivery))
+            elif owner:
+                owned = pack(b"SADD", self._owned_key(owner.decode()), member)
+                await self._together(owned, pack(b"SADD", self._owners_key(), owner))
+            else:  # who looks at it finds out when it is due
+                await self._together(pack(b"ZADD", self._due_key(), b"LT", 0, member))
+
+    async def _ended_infos(self, listed: Sequence[tuple[int, bytes]]) -> Sequence[EndedRun]:
+        """Of members of the listing of endings; those whose stream is gone are taken off it."""
+        names = [_named_by(member) for _, member in listed]
+        held = await self._of_each(pack(b"HGETALL", self._keys(stream).run(run)) for stream, run in names)
+        found = []
+        for (ms, member), (stream, run), flat in zip(listed, names, held, strict=True):
+            if flat:
+                found.append(EndedRun(f"{ms} {member.decode()}", stream, _run_info(run, flat)))
+            else:
+                self._send(pack(b"ZREM", self._ended_key(), member))
+        return found
+
+    async def _listed(self, after: str, limit: int) -> list[str]:
+        start = b"(" + after.encode() if after else b"-"
+        packed = pack(b"ZRANGEBYLEX", self._streams_key(), start, b"+", b"LIMIT", 0, limit)
+        (names,) = _refuse_errors([await _lane(self._reading).submit(packed)])
+        return [name.decode() for name in names]
 
     async def _forget(self, streams: Sequence[str]) -> None:
         """Take streams that are gone off the listing, and put one back that came to be meanwhile."""
@@ -502,12 +885,33 @@ class RedisJournal:
 
     def _make_keys(self, stream: str) -> _Keys:
         base = f"{self._prefix}:{{{stream}}}"
-        names = ("frames", "meta", "index", "open", "runs", "run:", "tombstone")
+        names = ("frames", "meta", "index", "open", "runs", "undelivered", "tombstone", "run:")
         channel = f"{self._prefix}:{self._db}:follow:{{{stream}}}"
         return _Keys._make([*(f"{base}:{name}".encode() for name in names), channel.encode()])
 
+    def _owner_channel(self, owner: str) -> bytes:
+        return f"{self._prefix}:{self._db}:owner:{owner}".encode()
+
     def _streams_key(self) -> bytes:
         return f"{self._prefix}:streams".encode()
+
+    def _owners_key(self) -> bytes:
+        return f"{self._prefix}:owners".encode()
+
+    def _owner_key(self, owner: str) -> bytes:
+        return f"{self._prefix}:owner:{owner}".encode()
+
+    def _owned_key(self, owner: str) -> bytes:
+        return f"{self._prefix}:owned:{owner}".encode()
+
+    def _due_key(self) -> bytes:
+        return f"{self._prefix}:due".encode()
+
+    def _ended_key(self) -> bytes:
+        return f"{self._prefix}:ended".encode()
+
+    def _deliveries_key(self) -> bytes:
+        return f"{self._prefix}:deliveries".encode()
 
     def _token_key(self, token: str) -> bytes:
         return f"{self._prefix}:token:{token}".encode()
@@ -539,9 +943,57 @@ def _refuse_errors(replies: Any) -> Any:
     return replies
 
 
-def _unheeded(answer: asyncio.Future[Any]) -> None:
-    """Nobody waits for this answer, and its failure is of no consequence."""
-    answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+def _refuse(reply: Any, stream: str, run: str = "") -> Any:
+    """The reply of a script unchanged if it begins with `ok`; else raises what it says instead."""
+    match reply[0]:
+        case b"ok":
+            return reply
+        case b"unknown_stream":
+            raise _unknown_stream(stream)
+        case b"unknown_run":
+            raise _unknown_run(run)
+        case b"fenced":
+            raise Fenced("The writer token is not the run's, or no longer.")
+        case b"sequence_gap":
+            raise SequenceGap(f"The run expects frame {reply[1]} next.", expected=reply[1])
+        case b"rewound":
+            raise Rewound(f"The journal has lost frames after {reply[1]}.", last_seq=reply[1])
+        case b"diverged":
+            raise Diverged("The journal holds other frames in their place.", last_seq=reply[1])
+    assert reply[0] == b"run_ended", reply
+    status, reason = reply[1].decode(), reply[2].decode()
+    raise RunEnded(f"The run has ended: {status}, {reason}.", run_status=status, reason=reason)
+
+
+def _run_info(run: str, flat: Sequence[bytes]) -> RunInfo:
+    held = _fields(flat)
+    last = Cursor(int(held["last_seq"]), int(held["last_ms"]))
+    return RunInfo(
+        run=run,
+        status=Status(held["status"]),
+        start=Cursor(int(held["start_seq"]), int(held["start_ms"])),
+        last=last,
+        last_data=int(held["last_data"]),
+        frames=int(held["frames"]),
+        text_bytes=int(held["text_bytes"]),
+        started_ms=int(held["first_ms"]),
+        ended_ms=int(held["ended_ms"]),
+        reason=held["reason"],
+        error=held["error"],
+        dialect=held["dialect"],
+        metadata=held["metadata"],
+        answer=held["answer"],
+        token=held["token"],
+        owner=held["owner"],
+        idle_timeout_s=int(held["idle_ms"]) / 1000,
+        heard_ms=max(last.ms, int(held["heard_ms"])),
+        superseded_by=held.get("superseded_by", ""),
+    )
+
+
+def _run_state(values: Sequence[bytes]) -> RunState:
+    status, reason, writer, seq, ms = values
+    return RunState(Status(status.decode()), reason.decode(), writer.decode(), Cursor(int(seq), int(ms)))
 
 
 def _fields(flat: Sequence[bytes]) -> dict[str, str]:
@@ -575,6 +1027,59 @@ def _unknown_stream(stream: str) -> UnknownStream:
 
 def _unknown_run(run: str) -> UnknownRun:
     return UnknownRun(f"The stream has no run '{run}'.")
+
+
+# Arguments.
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _member(stream: str, run: str) -> str:
+    return f"{stream} {run}"
+
+
+def _named_by(member: bytes) -> tuple[str, str]:
+    stream, _, run = member.decode().partition(" ")
+    return stream, run
+
+
+def _packed(value: Any) -> bytes:
+    packed: bytes = msgpack.packb(value, use_bin_type=False)
+    return packed
+
+
+def _bounds(retention: Retention) -> dict[str, int]:
+    return {
+        "max_frames": retention.max_frames,
+        "max_bytes": retention.max_bytes,
+        "retention_ms": retention.retention_s * 1000,
+    }
+
+
+def _packed_opening(opening: RunOpening) -> bytes:
+    values = {
+        "writer": opening.writer,
+        "token": opening.token,
+        "dialect": opening.dialect,
+        "metadata": opening.metadata,
+        "answer": opening.answer,
+        "owner": opening.owner,
+        "idle_ms": _ms(opening.idle_timeout_s),
+        "max_run_ms": _ms(opening.max_run_s),
+        "deliver": "pending" if opening.deliver else "",
+        "seal": opening.seal,
+    }
+    return _packed(values | _bounds(opening.retention))
+
+
+def _packed_ending(end: Ending, error_events: Mapping[str, Event]) -> bytes:
+    return _packed([end.status.value, end.reason.value, end.error, _error_json(end), dict(error_events)])
+
+
+def _error_json(end: Ending) -> bytes:
+    return orjson.dumps(end.error) if end.error else b""
 
 
 # Starting.

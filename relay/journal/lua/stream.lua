@@ -15,14 +15,15 @@ end
 
 local function load_stream(meta_key)
   local v = call('HMGET', meta_key, 'last_seq', 'last_ms', 'bytes', 'last_data', 'created', 'earliest', 'trimmed',
-    'indexed', 'largest', 'renewed', 'max_frames', 'max_bytes', 'retention_ms')
+    'indexed', 'largest', 'renewed', 'max_frames', 'max_bytes', 'retention_ms', 'keep_from')
   if not v[1] then return nil end
   local earliest, trimmed = tonumber(v[6]), tonumber(v[7])
   return {
     last_seq = tonumber(v[1]), last_ms = tonumber(v[2]), bytes = tonumber(v[3]), last_data = tonumber(v[4]),
     created = tonumber(v[5]), earliest = earliest, trimmed = trimmed, indexed = tonumber(v[8]),
     largest = tonumber(v[9]), renewed = tonumber(v[10]), max_frames = tonumber(v[11]),
-    max_bytes = tonumber(v[12]), retention_ms = tonumber(v[13]), rarely_changed = false,
+    max_bytes = tonumber(v[12]), retention_ms = tonumber(v[13]), keep_from = tonumber(v[14]),
+    rarely_changed = false,
   }
 end
 
@@ -59,7 +60,7 @@ local function add_frames(frames_key, index_key, s, now, message)
 
   local ms = math.max(now, s.last_ms, s.created)
   local reply
-  if not s.new then
+  if s.last_seq > 0 then
     reply = redis.pcall('XADD', frames_key, 'NOMKSTREAM', string.format('%d-%d', s.last_seq + 1, ms),
       'r', message[4], 'e', message[5], 'd', message[6])
     if not reply or (reply.err and string.find(reply.err, 'equal or smaller', 1, true)) then
@@ -149,14 +150,19 @@ local function drop_prefix(frames_key, index_key, s, first, target, limit)
   s.earliest, s.trimmed, s.rarely_changed = seq + 1, cumulative, true
 end
 
--- Retention by count and bytes; the newest frame always stays.
+-- Retention by count and bytes; the newest frame always stays. Frames after `keep_from`, which is where the
+-- oldest run whose ending is not delivered yet began, stay up to twice the bounds.
 local function apply_retention(frames_key, index_key, s)
   local first, target = s.earliest, s.trimmed
   if s.max_frames > 0 then first = s.last_seq - s.max_frames + 1 end
   if s.max_bytes > 0 then target = s.bytes - s.max_bytes end
-  if first > s.earliest or target > s.trimmed then
-    drop_prefix(frames_key, index_key, s, first, target, s.last_seq - 1)
+  if first <= s.earliest and target <= s.trimmed then return end
+  if s.keep_from then
+    drop_prefix(frames_key, index_key, s, first, target, math.min(s.keep_from, s.last_seq - 1))
+    first, target = first - s.max_frames, target - s.max_bytes
+    if first <= s.earliest and target <= s.trimmed then return end
   end
+  drop_prefix(frames_key, index_key, s, first, target, s.last_seq - 1)
 end
 
 -- When the keys expire: a tenth of the retention late, so that renewing once per tenth is never too late.
@@ -174,7 +180,10 @@ local function renew(s, now, frames_key, meta_key, index_key, open_key, runs_key
   end
   s.renewed, s.rarely_changed = now, true
   local at = expires_at(s)
-  for _, key in ipairs({frames_key, meta_key, index_key, open_key, runs_key}) do call('PEXPIREAT', key, at) end
+  local undelivered_key = string.sub(meta_key, 1, -5) .. 'undelivered'
+  for _, key in ipairs({frames_key, meta_key, index_key, open_key, runs_key, undelivered_key}) do
+    call('PEXPIREAT', key, at)
+  end
   for _, run in ipairs(call('ZRANGE', runs_key, 0, -1)) do call('PEXPIREAT', run_prefix .. run, at) end
   return true
 end
