@@ -20,7 +20,7 @@ member "<stream> <run>" names:
     <prefix>:owner:<name>          the lease of one: there while it lives
     <prefix>:owned:<name>          runs that it may own
     <prefix>:due                   other runs by when one has to look at them, in ms
-    <prefix>:ended                 runs by the ms of their ending, the newest ENDED_MAX
+    <prefix>:ended                 the newest ENDED_MAX endings by their ms: "<seq> <stream> <run>"
     <prefix>:deliveries            runs by when their end is next to be delivered, in ms
 
 and alone, because nothing is derived from it:
@@ -316,10 +316,9 @@ class RedisJournal:
             Cursor(reply[5], reply[4]),
         )
         superseded, after = (tuple(names.decode().split()) for names in reply[7:9])
-        ended = {run.decode(): (owner.decode(), delivery) for run, owner, delivery in reply[9]}
-        for run, (owner, delivery) in ended.items():
-            self._file(stream, run, last.ms, owner, delivery)
-        if not ended:
+        for run, seq, owner, delivery in reply[9]:
+            self._file(stream, run.decode(), Cursor(seq, last.ms), owner.decode(), delivery)
+        if not reply[9]:
             for run in superseded:  # whoever asked before may not have come to file their endings
                 await self.file_ending(stream, run)
         return Opened(start, first, last, superseded, reply[6], after)
@@ -343,9 +342,10 @@ class RedisJournal:
             _refuse(reply, batch.stream, batch.run)
         if reply[6]:
             self._send(self._token_hint(reply[6].decode(), batch.stream, batch.run, reply[7]))
+        last = Cursor(reply[1], reply[2])
         if end is not None:
-            self._file(batch.stream, batch.run, reply[2], reply[8].decode(), reply[9])
-        return Appended(Cursor(reply[1], reply[2]), reply[3], reply[4], reply[5])
+            self._file(batch.stream, batch.run, last, reply[8].decode(), reply[9])
+        return Appended(last, reply[3], reply[4], reply[5])
 
     async def restore(self, opening: RunOpening, held: Held) -> None:
         keys = self._keys(opening.stream)
@@ -479,14 +479,14 @@ class RedisJournal:
         return None
 
     async def file_ending(self, stream: str, run: str) -> None:
-        fields = (b"status", b"ended_ms", b"deliver")
+        fields = (b"status", b"last_seq", b"last_ms", b"deliver")
         held = await _lane(self._writing).submit(pack(b"HMGET", self._keys(stream).run(run), *fields))
-        status, ended_ms, delivery = _refuse_errors(held)
+        status, seq, ms, delivery = _refuse_errors(held)
         if status == b"open":
             return
         member = _member(stream, run)
         if status is not None:
-            await self._together(*self._onto_endings(stream, run, int(ended_ms), delivery))
+            await self._together(*self._onto_endings(stream, run, Cursor(int(seq), int(ms)), delivery))
         # Where it is listed besides its own owner is not known: an owner may have been another's before.
         lists = [self._owned_key(name) for name in await self._owners()]
         gone = [pack(b"ZREM", self._deliveries_key(), member)] if status is None else []
@@ -783,13 +783,13 @@ class RedisJournal:
 
     def _ended(self, stream: str, run: str, reply: Sequence[Any]) -> Ended:
         """What a script says of an ending, which is filed whoever brought it about."""
-        _, by_this, status, reason, owner, text_bytes, ended_ms, delivery = reply
+        _, by_this, status, reason, owner, text_bytes, seq, ms, delivery = reply
         ended = Ended(bool(by_this), Status(status.decode()), reason.decode(), owner.decode(), text_bytes)
         if ended.status is not Status.OPEN:
-            self._file(stream, run, ended_ms, ended.owner, delivery)
+            self._file(stream, run, Cursor(seq, ms), ended.owner, delivery)
         return ended
 
-    def _file(self, stream: str, run: str, ended_ms: int, owner: str, delivery: bytes) -> None:
+    def _file(self, stream: str, run: str, last: Cursor, owner: str, delivery: bytes) -> None:
         """File an ending without keeping anybody waiting: first where it has to be, and only when it is
         there off the indexes of open runs."""
         off = self._off_indexes(stream, run, owner)
@@ -800,16 +800,17 @@ class RedisJournal:
                 if not any(isinstance(reply, hiredis.ReplyError) for reply in replies):
                     self._send(*off)
 
-        filed = self._send(*self._onto_endings(stream, run, ended_ms, delivery))
+        filed = self._send(*self._onto_endings(stream, run, last, delivery))
         if filed is not None:
             filed.add_done_callback(then)
 
-    def _onto_endings(self, stream: str, run: str, ended_ms: int, delivery: bytes) -> list[bytes]:
+    def _onto_endings(self, stream: str, run: str, last: Cursor, delivery: bytes) -> list[bytes]:
         member = _member(stream, run)
-        commands = [pack(b"ZADD", self._ended_key(), ended_ms, member)]
+        # What ended in one ms is sorted by seq, so that a stream's endings are in their order.
+        commands = [pack(b"ZADD", self._ended_key(), last.ms, f"{last.seq:020d} {member}")]
         commands.append(pack(b"ZREMRANGEBYRANK", self._ended_key(), 0, -1 - ENDED_MAX))
         if delivery == b"pending":
-            commands.append(pack(b"ZADD", self._deliveries_key(), b"NX", ended_ms, member))
+            commands.append(pack(b"ZADD", self._deliveries_key(), b"NX", last.ms, member))
         return commands
 
     def _off_indexes(self, stream: str, run: str, owner: str) -> list[bytes]:
@@ -830,14 +831,15 @@ class RedisJournal:
         )
         runs = sorted({run.decode() for run in (*open_runs, *undelivered)})
         held = await self._of_each(
-            pack(b"HMGET", keys.run(run), b"status", b"owner", b"ended_ms", b"deliver") for run in runs
+            pack(b"HMGET", keys.run(run), b"status", b"owner", b"last_seq", b"last_ms", b"deliver")
+            for run in runs
         )
-        for run, (status, owner, ended_ms, delivery) in zip(runs, held, strict=True):
+        for run, (status, owner, seq, ms, delivery) in zip(runs, held, strict=True):
             member = _member(stream, run)
             if status is None:
                 continue
             if status != b"open":
-                await self._together(*self._onto_endings(stream, run, int(ended_ms), delivery))
+                await self._together(*self._onto_endings(stream, run, Cursor(int(seq), int(ms)), delivery))
             elif owner:
                 owned = pack(b"SADD", self._owned_key(owner.decode()), member)
                 await self._together(owned, pack(b"SADD", self._owners_key(), owner))
@@ -846,7 +848,7 @@ class RedisJournal:
 
     async def _ended_infos(self, listed: Sequence[tuple[int, bytes]]) -> Sequence[EndedRun]:
         """Of members of the listing of endings; those whose stream is gone are taken off it."""
-        names = [_named_by(member) for _, member in listed]
+        names = [_named_by(member.partition(b" ")[2]) for _, member in listed]
         held = await self._of_each(pack(b"HGETALL", self._keys(stream).run(run)) for stream, run in names)
         found = []
         for (ms, member), (stream, run), flat in zip(listed, names, held, strict=True):

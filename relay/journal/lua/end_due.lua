@@ -2,7 +2,8 @@
 -- KEYS: 1 frames  2 meta  3 index  4 open  5 runs  6 run
 -- ARGV: 1 stream  2 run  3 channel  4 prefix of owners' channels  5 when the journal became reachable, in ms
 --       6 ending of a silent run  7 ending of an old one  8 after how many ms one that is never due is looked at
--- Replies: {'ended', 1 if this ended it, status, reason, owner, text bytes, ended ms, delivery}
+-- Replies: {'ended', 1 if this ended it, status, reason, owner, text bytes, last seq, ended ms,
+--           delivery}
 --          | {'due_at', ms} | {'owned'} | {'unknown'}
 
 local frames, meta, index, open, runs, run = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -11,7 +12,7 @@ local s = load_stream(meta)
 local r = s and load_run(run)
 if not r then return {'unknown'} end
 if r.status ~= 'open' then
-  return {'ended', 0, r.status, r.reason, r.owner, r.text_bytes, r.ended_ms, r.deliver}
+  return {'ended', 0, r.status, r.reason, r.owner, r.text_bytes, r.last_seq, r.ended_ms, r.deliver}
 end
 if r.owner ~= '' then return {'owned'} end
 
@@ -41,4 +42,4 @@ apply_retention(frames, index, s)
 renew(s, now, frames, meta, index, open, runs, string.sub(run, 1, #run - #ARGV[2]))
 save_stream(meta, s)
 call('PUBLISH', ARGV[3], cmsgpack.pack(message))
-return {'ended', 1, r.status, r.reason, '', r.text_bytes, r.ended_ms, r.deliver}
+return {'ended', 1, r.status, r.reason, '', r.text_bytes, r.last_seq, r.ended_ms, r.deliver}

@@ -1,7 +1,8 @@
 -- End a run whoever its writer is.
 -- KEYS: 1 frames  2 meta  3 index  4 open  5 runs  6 run
 -- ARGV: 1 stream  2 run  3 channel  4 prefix of owners' channels  5 ending  6 owner it must have (or empty)
--- Replies: {'ok', 1 if this ended it, status, reason, owner, text bytes, ended ms, delivery}
+-- Replies: {'ok', 1 if this ended it, status, reason, owner, text bytes, last seq, ended ms,
+--           delivery}
 --          | {'unknown_stream'} | {'unknown_run'}
 
 local frames, meta, index, open, runs, run = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -11,7 +12,7 @@ if not s then return {'unknown_stream'} end
 local r = load_run(run)
 if not r then return {'unknown_run'} end
 if r.status ~= 'open' or (ARGV[6] ~= '' and ARGV[6] ~= r.owner) then
-  return {'ok', 0, r.status, r.reason, r.owner, r.text_bytes, r.ended_ms, r.deliver}
+  return {'ok', 0, r.status, r.reason, r.owner, r.text_bytes, r.last_seq, r.ended_ms, r.deliver}
 end
 
 local ending = cmsgpack.unpack(ARGV[5])
@@ -26,4 +27,4 @@ renew(s, now, frames, meta, index, open, runs, string.sub(run, 1, #run - #ARGV[2
 save_stream(meta, s)
 call('PUBLISH', ARGV[3], cmsgpack.pack(message))
 tell_owner(ARGV[4], r.owner, ARGV[1], ARGV[2])
-return {'ok', 1, r.status, r.reason, r.owner, r.text_bytes, r.ended_ms, r.deliver}
+return {'ok', 1, r.status, r.reason, r.owner, r.text_bytes, r.last_seq, r.ended_ms, r.deliver}

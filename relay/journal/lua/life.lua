@@ -91,7 +91,7 @@ local function note_ending(message, open_key, name, r, ending, extra)
     'last_seq', seq, 'last_ms', ms, 'extra', r.extra + extra)
   if r.said_error then call('HSET', r.key, 'last_data', seq - 1) end
   call('ZREM', open_key, name)
-  r.status, r.reason, r.ended_ms = ending[1], ending[2], ms
+  r.status, r.reason, r.last_seq, r.ended_ms = ending[1], ending[2], seq, ms
 end
 
 -- Tell the process that owns the run, or owned it, that it is over.

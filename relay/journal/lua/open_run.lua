@@ -3,7 +3,7 @@
 -- ARGV: 1 stream  2 run  3 channel  4 prefix of owners' channels  5 what tells followers of a sealing
 --       6 opening  7 data of run.started  8 if_busy  9 ending of superseded runs  10… runs to supersede
 -- Replies: {'ok', start seq, start ms, first seq, first ms, last seq, frames after,
---           superseded runs, runs after (both joined by spaces), {run, owner, delivery} of each ended now}
+--           superseded runs, runs after (both joined by spaces), {run, last seq, owner, delivery} of each ended now}
 --          | {'run_exists'} | {'stream_sealed'} | {'stream_busy', runs} | {'unknown_run', run}
 
 local frames, meta, index, open, runs, run = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -93,7 +93,7 @@ for i, r in ipairs(old) do
   call('HSET', r.key, 'superseded_by', name)
   if r.ends then
     note_ending(message, open, r.name, r, ending, r.place - (r.from - 3) / 3)
-    ended[#ended + 1] = {r.name, r.owner, r.deliver}
+    ended[#ended + 1] = {r.name, r.last_seq, r.owner, r.deliver}
   end
 end
 local start_seq, start_ms, ms = message[1] + before, message[2], message[3]
@@ -109,7 +109,7 @@ renew(s, now, frames, meta, index, open, runs, run_prefix)
 save_stream(meta, s)
 expire_new(s, frames, meta, open, runs, run)
 call('PUBLISH', ARGV[3], cmsgpack.pack(message))
-for _, r in ipairs(ended) do tell_owner(ARGV[4], r[2], ARGV[1], r[1]) end
+for _, r in ipairs(ended) do tell_owner(ARGV[4], r[3], ARGV[1], r[1]) end
 if opening.seal then
   call('HSET', meta, 'sealed', 1)
   call('PUBLISH', ARGV[3], ARGV[5])
