@@ -63,6 +63,16 @@ class Ear:
                 self._told.clear()
                 await self._told.wait()
 
+    async def hears_frames(self, stream: str, count: int) -> list[Frame]:
+        """Wait until so many frames were told of the stream; answers them all."""
+        calls = 0
+        while True:
+            calls += 1
+            told = await self.hears(stream, "frames", calls)
+            frames = [frame for heard in told for frame in heard.frames]
+            if len(frames) >= count:
+                return frames
+
     def _note(self, stream: str, heard: Heard) -> None:
         self.heard[stream].append(heard)
         self._told.set()
