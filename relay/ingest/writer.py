@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from relay.cursor import ORIGIN, Cursor
-from relay.errors import Diverged, JournalError, Rewound
+from relay.errors import Diverged, Fenced, JournalError, Rewound, RunEnded
 from relay.frame import CONTROL_EVENT, Event, run_started
 from relay.journal.base import Append, Appended, Held, Journal, Opened, RunOpening
 from relay.lifecycle import Ending
@@ -34,11 +34,28 @@ _BEFORE, _LAST_SEQ, _MS, _PRODUCER_SEQ, _TEXT_BYTES, _SIZE, _AT, _EVENTS = range
 
 
 class HeldMemory:
-    """What all writers of a process hold together, and may hold."""
+    """What all writers of a process hold together, and may hold; and which of them hold something."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
+        self._writers: dict[str, list[RunWriter]] = {}
+
+    def writers(self, stream: str) -> Sequence[RunWriter]:
+        """The writers that may hold frames of a stream."""
+        return tuple(self._writers.get(stream, ()))
+
+    def add(self, writer: RunWriter) -> None:
+        """It begins to hold."""
+        self._writers.setdefault(writer.stream, []).append(writer)
+
+    def discard(self, writer: RunWriter) -> None:
+        """It is done."""
+        writers = self._writers.get(writer.stream, [])
+        if writer in writers:
+            writers.remove(writer)
+            if not writers:
+                del self._writers[writer.stream]
 
 
 class RunWriter:
@@ -77,6 +94,8 @@ class RunWriter:
     def opened(self, opened: Opened) -> None:
         """The run was opened."""
         self.acknowledged = opened.last
+        if self._opening.owner:
+            self._memory.add(self)
         if opened.last != opened.first:
             return  # frames follow of which only the journal knows what they say
         opening = self._opening
@@ -213,6 +232,7 @@ class RunWriter:
 
     def release(self) -> None:
         """Hold nothing any more: the writer is done."""
+        self._memory.discard(self)
         self._let_go()
 
     def _let_go(self) -> None:
@@ -221,7 +241,8 @@ class RunWriter:
         self._held_bytes = 0
 
     async def put_back(self, last_seq: int) -> None:
-        """Put back what the journal lost of this run: everything after its frame `last_seq`.
+        """Put back what the journal lost of this run, which is everything after its frame `last_seq`, and
+        what other writers here hold of its stream: what is appended later takes the place of nothing then.
 
         Raises `Rewound` while frames of other runs in between are missing: try again. Raises `Diverged` when
         it cannot be done, or not in time; then this writer takes nothing more but an ending. Raises
@@ -233,8 +254,7 @@ class RunWriter:
         lost = [kept for kept in self._held if kept[_LAST_SEQ] > last_seq]
         if lost and lost[0][_BEFORE] <= last_seq:
             try:
-                for kept in lost:
-                    await self._journal.restore(self._opening, self._as_held(kept))
+                await self._restore(lost)
             except Diverged:
                 pass
             except Rewound:
@@ -249,6 +269,21 @@ class RunWriter:
         self.acknowledged = ORIGIN
         self._let_go()
         raise Diverged("The journal lost frames that it had accepted.", last_seq=last_seq)
+
+    async def _restore(self, lost: Sequence[tuple[Any, ...]]) -> None:
+        top = (await self._journal.tops([self.stream])).get(self.stream)
+        beyond = 0 if top is None else top.id.seq
+        pieces = [(self, kept) for kept in lost]
+        for writer in self._memory.writers(self.stream):
+            if writer is not self:
+                pieces += [(writer, kept) for kept in writer._held if kept[_LAST_SEQ] > beyond]
+        pieces.sort(key=lambda piece: piece[1][_LAST_SEQ])
+        for writer, kept in pieces:
+            try:
+                await self._journal.restore(writer._opening, writer._as_held(kept))
+            except (Diverged, Fenced, RunEnded):
+                if writer is self:
+                    raise  # the others find out by themselves
 
     def _as_held(self, kept: tuple[Any, ...]) -> Held:
         values = iter(kept[_EVENTS:])
