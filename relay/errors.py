@@ -6,6 +6,7 @@
     │   ├── InvalidName             400 invalid_name
     │   ├── InvalidParameter        400 invalid_parameter
     │   ├── InvalidEvent            400 invalid_event
+    │   ├── MissingWriter           400 missing_writer
     │   ├── FrameTooLarge           413 frame_too_large
     │   ├── BodyTooLarge            413 body_too_large
     │   ├── RouteNotFound           404 route_not_found
@@ -21,6 +22,7 @@
     │   ├── StreamBusy              409 stream_busy
     │   ├── CursorGone              410 cursor_gone
     │   ├── ResumeUnknown           410 resume_unknown
+    │   ├── UnsupportedMediaType    415 unsupported_media_type
     │   ├── KeyReused               422 idempotency_key_reused
     │   └── UpgradeUnsupported      501 upgrade_unsupported
     ├── UpstreamError               the backend behind relay failed; 502 or 504
@@ -87,6 +89,10 @@ class InvalidEvent(CallerError):
     code, title = "invalid_event", "Invalid event"
 
 
+class MissingWriter(CallerError):
+    code, title = "missing_writer", "Writer token is missing"
+
+
 class FrameTooLarge(CallerError):
     code, status, title = "frame_too_large", 413, "Frame too large"
 
@@ -145,6 +151,10 @@ class CursorGone(CallerError):
 
 class ResumeUnknown(CallerError):
     code, status, title = "resume_unknown", 410, "Resume id is unknown or expired"
+
+
+class UnsupportedMediaType(CallerError):
+    code, status, title = "unsupported_media_type", 415, "Unsupported media type"
 
 
 class KeyReused(CallerError):

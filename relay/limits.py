@@ -9,6 +9,7 @@ from relay.errors import InvalidName
 
 _NAME = re.compile(r"[A-Za-z0-9._~:-]{1,200}", re.ASCII)
 
+
 class Retention(NamedTuple):
     """What a stream keeps. A bound of 0 is none. `retention_s` counts from the last append."""
 
@@ -36,6 +37,12 @@ WAIT_MAX_S = 60
 
 METADATA_MAX_BYTES = 16 * 1024
 """Bound of a stream's or run's metadata, as JSON text."""
+
+OPTIONS_MAX_BYTES = 64 * 1024
+"""Largest body that says what to do with a stream or run; metadata is bounded by itself."""
+
+IDLE_TIMEOUT_MAX_S = 7 * 24 * 3600
+"""Longest idle timeout that a producer may ask for."""
 
 LAST_EVENT_ID_MAX_BYTES = 512
 """No cursor relay gives out is longer."""

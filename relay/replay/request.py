@@ -59,7 +59,7 @@ def read_request(query: Mapping[str, str], last_event_id: str, accept: str) -> R
         resumes=bool(last_event_id),
         from_tail=not presented and after == "tail",
         run=run,
-        wait_s=_number(query, "wait", 0.0, WAIT_MAX_S),
+        wait_s=read_number(query, "wait", 0.0, WAIT_MAX_S),
         control=_word(query, "control", ("events", "comments", "none")),
         envelope=_word(query, "envelope", ("", "json")) == "json",
         heartbeat_event=_word(query, "heartbeat", ("", "event")) == "event",
@@ -106,7 +106,8 @@ def _word(query: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str:
     return word
 
 
-def _number(query: Mapping[str, str], name: str, default: float, most: float) -> float:
+def read_number(query: Mapping[str, str], name: str, default: float, most: float) -> float:
+    """A number from 0 to `most`; raises `InvalidParameter`."""
     text = query.get(name)
     if text is None:
         return default
