@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route, Router
+from starlette.routing import Match, Route, Router
 
 from relay.cursor import Cursor, ResumeId, Standing, judge
 from relay.errors import (
@@ -60,10 +61,11 @@ class Json(Response):
 class Api:
     """The routes. Errors are raised; the application turns them into problem documents."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, write_routes: Sequence[Route]) -> None:
         self._app = app
         self._router = Router(
             [
+                *write_routes,
                 Route("/relay/v1/streams", self.streams),
                 Route("/relay/v1/streams/{stream}", self.stream),
                 Route("/relay/v1/streams/{stream}/events", EventsEndpoint(app), methods=["GET"]),
@@ -86,11 +88,19 @@ class Api:
             await self._router(scope, receive, send)
         except HTTPException as error:
             if error.status_code == 405:
-                allow = (error.headers or {}).get("Allow", "")
-                if scope["path"].endswith("/events"):
-                    allow = "GET"  # Starlette adds HEAD, which an endless answer cannot serve
+                allow = self._allowed(scope)
                 raise MethodNotAllowed(f"Allowed: {allow}.", allow=allow) from None
             raise RouteNotFound("No such route.") from None
+
+    def _allowed(self, scope: Scope) -> str:
+        """The methods of every route with this path; Starlette names those of one."""
+        methods: set[str] = set()
+        for route in self._router.routes:
+            if route.matches(scope)[0] is not Match.NONE:
+                methods |= getattr(route, "methods", None) or set()
+        if scope["path"].endswith("/events"):
+            methods.discard("HEAD")  # Starlette adds it, and an endless answer cannot serve it
+        return ", ".join(sorted(methods))
 
     async def streams(self, request: Request) -> Response:
         """`GET /relay/v1/streams`: streams by name, paged with `after` and `limit`."""
@@ -135,7 +145,9 @@ class Api:
         """`GET /relay/v1/streams/{stream}/runs/{run}/transcript`: the text a reader could have been shown."""
         stream = check_stream_name(request.path_params["stream"])
         run = check_run_name(request.path_params["run"])
-        return Json(await read_transcript(self._app.journal, stream, run, self._app.settings))
+        max_bytes = self._app.settings.transcript_max_bytes
+        transcript = await read_transcript(self._app.journal, stream, run, max_bytes)
+        return Json(await asyncio.to_thread(transcript.document))
 
     async def ended_runs(self, request: Request) -> Response:
         """`GET /relay/v1/runs`: runs of every stream in the order of their endings, paged."""
@@ -154,7 +166,7 @@ class Api:
 
     async def diagnostics(self, request: Request) -> Response:
         """`GET /relay/v1/diagnostics`: what this process holds open, and how what it held ended."""
-        return Json(self._app.diagnostics())
+        return Json(self._app.diagnosis())
 
     async def healthz(self, request: Request) -> Response:
         """Alive, whatever else is wrong."""
@@ -267,22 +279,22 @@ class EventsEndpoint:
         app.check_room()
         deadline = tails.now() + wait_s
         tail = tails.acquire(stream)
-        arrival = _Arrival(tail)
+        news = News(tail)
         connection = scope["extensions"][CONNECTION]
-        connection.on_lost = arrival.give_up
-        app.readers.expect(arrival.give_up)
+        connection.on_lost = news.give_up
+        app.readers.expect(news.give_up)
         try:
             while True:
-                arrival.listen()  # before the question, so that no news after its answer is missed
+                news.listen()  # before the question, so that no news after its answer is missed
                 try:
                     return await journal.describe(stream)
                 except UnknownStream:
-                    if not await arrival.wait(deadline - tails.now()):
+                    if not await news.wait(deadline - tails.now()):
                         break
         finally:
             connection.on_lost = None
-            app.readers.expected(arrival.give_up)
-            tails.release(tail, arrival)
+            app.readers.expected(news.give_up)
+            tails.release(tail, news)
         if app.draining:
             raise Busy("This relay is shutting down.")
         return None
@@ -356,8 +368,8 @@ class EventsEndpoint:
         await send_whole(200, _head(view.media_type), bye, send)
 
 
-class _Arrival:
-    """Waits for a stream to be created."""
+class News:
+    """Waits for news of a stream, for a client that is not its reader."""
 
     def __init__(self, tail: Tail) -> None:
         self._tail = tail

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,10 +16,12 @@ import orjson
 
 from relay.api import Api
 from relay.cursor import RESUME_PREFIX, Cursor, Standing, judge, parse_resume_id
+from relay.diagnostics import Diagnostics
 from relay.dialects.detect import BY_NAME, RAW
 from relay.errors import (
     Busy,
     CallerError,
+    InvalidParameter,
     JournalError,
     RelayError,
     ResumeUnknown,
@@ -28,11 +31,14 @@ from relay.errors import (
     UpgradeUnsupported,
 )
 from relay.ingest.owned import OwnedRuns
-from relay.ingest.proxy import Call, ClientGone, Passed, Proxy, RunAnswer, StartedRun
-from relay.ingest.upstream import TruncatedBody, Upstream
-from relay.journal.base import Journal
-from relay.lifecycle import Reason, Status, ending
+from relay.ingest.proxy import Call, ClientGone, Passed, Proxy, RunAnswer, RunWishes, StartedRun
+from relay.ingest.push import Pushes
+from relay.ingest.upstream import TruncatedBody, Upstream, UpstreamRequest
+from relay.journal.base import Ended, Journal
+from relay.lifecycle import Ending, Reason, Status, ending
 from relay.metrics import Metrics
+from relay.push_api import push_routes
+from relay.reaper import Reaper
 from relay.replay.reader import Reader, ReaderEnd, Readers, cursor_gone, ended_at, read_presented
 from relay.replay.response import (
     CONNECTION,
@@ -49,6 +55,7 @@ from relay.replay.tail import Tails
 from relay.replay.view import ProxiedNdjsonView, ProxiedSseView
 from relay.settings import Settings
 from relay.sse import EVENT_STREAM
+from relay.webhook import Webhook
 
 log = logging.getLogger("relay.app")
 
@@ -66,16 +73,19 @@ class App:
         self.tails = Tails(journal, settings)
         self.readers = Readers(settings.heartbeat_s, settings.write_timeout_s)
         self.draining = False
-        self.owned = OwnedRuns(settings, self.metrics.run_ended)
+        self.diagnostics = Diagnostics()
+        self.owned = OwnedRuns(settings, self._run_ended)
+        self.pushes = Pushes(journal, settings, self.owned, self._run_ended)
+        self._reaper = Reaper(journal, settings, self.owned.name, self._reaped, time.monotonic)
+        self._webhook = Webhook(journal, settings) if settings.webhook_url else None
+        self._workers: list[asyncio.Task[None]] = []
         self._upstream = Upstream(settings.upstream, settings) if settings.upstream else None
         self._proxy = (
             None
             if self._upstream is None
-            else Proxy(
-                self._upstream, journal, settings, self.owned, self.tails.readers_of, self.metrics.run_ended
-            )
+            else Proxy(self._upstream, journal, settings, self.owned, self.tails.readers_of, self._run_ended)
         )
-        self._api = Api(self)
+        self._api = Api(self, push_routes(self))
         self._caretaker: asyncio.Task[None] | None = None
 
     # Life of the process
@@ -85,19 +95,29 @@ class App:
         await self.journal.start(self.tails, self.owned)
         if self._upstream is not None:
             await self._upstream.start()
-        self._caretaker = asyncio.create_task(self._take_care())
+        await self._reaper.tick()  # no run is opened before the lease is held
+        work = [self._take_care(), self._keep_lease()]
+        if self._webhook is not None:
+            work.append(self._webhook.run())
+        self._workers = [asyncio.create_task(worker) for worker in work]
 
     async def drain(self) -> None:
         """Send readers away and let open runs finish."""
         self.draining = True
         self.readers.drain()
+        draining = [self.pushes.drain()]
         if self._proxy is not None:
-            await self._proxy.drain()
+            draining.append(self._proxy.drain())
+        await asyncio.gather(*draining)
 
     async def close(self) -> None:
         """Release everything."""
-        if self._caretaker is not None:
-            self._caretaker.cancel()
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        if self._workers:
+            await self._reaper.resign()
+        self.pushes.close()
         if self._upstream is not None:
             await self._upstream.close()
         self.tails.close()
@@ -121,10 +141,45 @@ class App:
             except Exception:
                 log.exception("care failed")
 
+    async def _keep_lease(self) -> None:
+        """Renew the lease of this process's runs, look for those that others left, and ask for our own."""
+        while True:
+            began = self.tails.now()
+            await self._reaper.tick()
+            try:
+                await self.owned.check(self.journal)
+            except JournalError:
+                pass  # the reaper has said so
+            except Exception:
+                log.exception("owned runs could not be checked")
+            await asyncio.sleep(max(0.0, began + self._reaper.tick_s - self.tails.now()))
+
+    def _run_ended(self, stream: str, run: str, end: Ending, text_bytes: int) -> None:
+        """This process ended a run, its own or another's."""
+        self.metrics.run_ended(end, text_bytes)
+        self.diagnostics.run_ended(stream, run, end, _wall_ms())
+        if self._webhook is not None:
+            self._webhook.wake()
+
+    def _reaped(self, stream: str, run: str, ended: Ended) -> None:
+        self._run_ended(stream, run, Ending(ended.status, Reason(ended.reason)), ended.text_bytes)
+
     @property
     def open_runs(self) -> int:
         """Runs whose upstream this process reads."""
         return 0 if self._proxy is None else self._proxy.open_runs
+
+    async def start_run(self, stream: str, request: UpstreamRequest, wishes: RunWishes) -> StartedRun:
+        """Call upstream for a run that nobody waits for, as `Proxy.start_run`."""
+        if self._proxy is None:
+            raise InvalidParameter("No upstream is configured.", parameter="upstream")
+        return await self._proxy.start_run(stream, request, wishes)
+
+    def diagnosis(self) -> dict[str, Any]:
+        """What this process holds open, and how what it held ended."""
+        pumps = [] if self._proxy is None else self._proxy.pumps
+        report = self.diagnostics.report(pumps, self.readers, self.tails.now())
+        return {"draining": self.draining} | report
 
     def rotate_at(self) -> float:
         """When a reader that begins now is sent to reconnect: jittered, so that they do not come together."""
@@ -323,12 +378,17 @@ class App:
     async def _serve(self, reader: Reader, scope: Scope, send: Send, **response: Any) -> None:
         end = await serve_reader(reader, self.readers, scope, send, **response)
         self.metrics.readers_ended.labels(end).inc()
+        self.diagnostics.reader_ended(reader, end, _wall_ms())
 
     async def _ask_to_come_back(self, error: RelayError, send: Send) -> None:
         """A browser's EventSource gives up for ever on anything but 200; this makes it try again."""
         log.warning("a browser is asked to come back: %s", error)
         headers = [(b"content-type", EVENT_STREAM.encode()), *STREAMING_HEADERS]
         await send_whole(200, headers, b"retry: %d\n\n" % self.tails.retry_ms(), send)
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _call(scope: Scope, receive: Receive) -> Call:

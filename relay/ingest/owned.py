@@ -36,6 +36,10 @@ PUT_BACK_PAUSE_S = 0.1
 """Pause before frames are put back that wait for others' frames."""
 
 
+OnEnded = Callable[[str, str, Ending, int], None]
+"""Told of a run that this process ended: stream, run, ending, bytes of shown text."""
+
+
 class _Run:
     """A run in this process's hands. `over` is None once it ended here: then it is held only because the
     journal may lose its ending."""
@@ -53,10 +57,10 @@ class OwnedRuns:
     """The registry of this process's runs, and the journal's `RunOwner`.
 
     Make it in the process that serves, after every fork: two processes of one name would take each other's
-    runs for their own. `on_ended` is called with the ending and the bytes of text of every run ended here.
+    runs for their own. `on_ended` is told of every run ended here.
     """
 
-    def __init__(self, settings: Settings, on_ended: Callable[[Ending, int], None]) -> None:
+    def __init__(self, settings: Settings, on_ended: OnEnded) -> None:
         self.name = secrets.token_urlsafe(16)
         self.memory = HeldMemory(settings.held_total_max_bytes)
         self._settings = settings
@@ -183,7 +187,7 @@ class OwnedRuns:
         ended = await journal.end_run(*key, end, error_events(end), owner=self.name)
         if ended.by_this:
             log.warning("run ended stream=%s run=%s status=%s reason=%s", *key, end.status, end.reason)
-            self._on_ended(end, ended.text_bytes)
+            self._on_ended(*key, end, ended.text_bytes)
 
 
 def _now() -> float:

@@ -7,7 +7,7 @@ import hashlib
 import ipaddress
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -38,7 +38,7 @@ from relay.errors import (
     UpstreamInvalid,
 )
 from relay.ingest.naming import naming_rules, parse_json
-from relay.ingest.owned import OwnedRuns
+from relay.ingest.owned import OnEnded, OwnedRuns
 from relay.ingest.pump import Called, CallingPump, Lines, Parser, Pump, ServerSentEvents
 from relay.ingest.upstream import Answer, Headers, Inflater, Upstream, UpstreamRequest, end_to_end
 from relay.ingest.writer import RunWriter
@@ -202,7 +202,7 @@ class Proxy:
     """Calls upstream, opens runs and owns their pumps.
 
     `owned` is told of every run; `readers_of` tells how many readers of this process a stream has;
-    `on_ended` is called with the ending and the bytes of text of every run that is ended here.
+    `on_ended` is told of every run that is ended here.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class Proxy:
         settings: Settings,
         owned: OwnedRuns,
         readers_of: Callable[[str], int],
-        on_ended: Callable[[Ending, int], None],
+        on_ended: OnEnded,
     ) -> None:
         if settings.dialect and settings.dialect not in BY_NAME:
             raise StartupError(f"--dialect {settings.dialect!r} is none of {', '.join(BY_NAME)}.")
@@ -231,6 +231,11 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
         self._shut = False
+
+    @property
+    def pumps(self) -> Collection[Pump]:
+        """The pumps of the runs whose upstream this process is reading."""
+        return self._pumps.values()
 
     @property
     def open_runs(self) -> int:
@@ -473,8 +478,8 @@ class Proxy:
     def _tell_superseded(self, opening: RunOpening, opened: Opened) -> None:
         # The new run holds one `run.superseded` for each of those that had ended before.
         ended_now = len(opened.superseded) - (opened.last.seq - opened.first.seq)
-        for _ in range(ended_now):
-            self._on_ended(ending(Reason.SUPERSEDED), 0)
+        for name in opened.superseded[:ended_now]:
+            self._on_ended(opening.stream, name, ending(Reason.SUPERSEDED), 0)
         if opened.frames_after:
             log.warning(
                 "stream=%s run=%s supersedes %s: %d frames of other runs (%s) stand at or after the start of "
@@ -508,7 +513,7 @@ class Proxy:
 
     def _count(self, pump: Pump) -> None:
         if pump.ended is not None:
-            self._on_ended(pump.ended, pump.text_bytes)
+            self._on_ended(pump.writer.stream, pump.writer.run, pump.ended, pump.text_bytes)
 
     def _write_later(self, writer: RunWriter, write: Callable[[], Awaitable[None]]) -> None:
         while len(self._unwritten) >= UNWRITTEN_MAX:

@@ -80,6 +80,11 @@ class Reader:
         self._sleep: asyncio.Future[None] | None = None
         self._patience = Patience(tails)
 
+    @property
+    def lag(self) -> int:
+        """How many frames of the stream, as far as this process knows it, come after the position."""
+        return 0 if self._tail is None else max(0, self._tail.top.seq - self.position.seq)
+
     # From outside
 
     def wake(self) -> None:
