@@ -70,15 +70,8 @@ class Reaper:
 
     @property
     def tick_s(self) -> float:
-        """How often `tick` is to be called."""
+        """How often `tick` is to be called: time for an owner to renew in between."""
         return self._lease_s / TICKS_A_LEASE
-
-    async def run(self) -> None:
-        """Tick for ever. A late tick is not made up for by more of them."""
-        while True:
-            began = self._now()
-            await self.tick()
-            await asyncio.sleep(max(0.0, began + self.tick_s - self._now()))
 
     async def tick(self) -> None:
         """Renew, look, and end what has to be, for no longer than until the next tick; what is left then
@@ -127,7 +120,12 @@ class Reaper:
             return {}
         if began - self._session_began >= self._patience_s:
             self._suspects = {owner: suspects.get(owner, seen) for owner in lapsed if owner != self._owner}
-        return {owner: since for owner, since in self._suspects.items() if owner in suspects}
+        # Ticks that follow each other quickly, as after a late one, are one look: nobody renewed in between.
+        return {
+            owner: since
+            for owner, since in self._suspects.items()
+            if owner in suspects and seen - since >= self.tick_s / 2
+        }
 
     def _end_session(self) -> None:
         self._reachable_since_ms = None

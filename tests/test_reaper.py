@@ -237,6 +237,18 @@ def test_one_look_that_finds_no_lease_is_not_enough(world: World) -> None:
     play(scene())
 
 
+def test_looks_that_follow_each_other_at_once_are_one(world: World) -> None:
+    async def scene() -> None:
+        living = world.process("living")
+        run = world.open("s", "missing")
+        await world.live(60, lambda: bool(living.reaper._suspects))
+        for _ in range(5):
+            await living.reaper.tick()
+        assert run.status is Status.OPEN
+
+    play(scene())
+
+
 def test_a_process_that_was_missed_and_came_back_is_not_suspected_any_more(world: World) -> None:
     async def scene() -> None:
         slow = world.process("slow")
@@ -534,31 +546,6 @@ def test_indexes_are_mended_a_piece_at_a_time_round_and_round(world: World) -> N
     play(scene())
 
 
-def test_it_goes_on_ticking_through_an_outage(world: World) -> None:
-    async def scene() -> None:
-        ticks = asyncio.Queue[None]()
-        journal: Any = world
-        now = asyncio.get_running_loop().time
-        reaper = Reaper(journal, Settings(owner_lease_s=0.03), "p", lambda *_: None, now)
-        original = world.renew
-
-        async def renew(owner: str, lease_s: float) -> Renewal:
-            ticks.put_nowait(None)
-            return await original(owner, lease_s)
-
-        world.renew = renew  # type: ignore[method-assign]
-        task = asyncio.create_task(reaper.run())
-        for failing in (set(), {"all"}, set()):
-            world.failing = failing
-            for _ in range(3):
-                await ticks.get()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    play(scene())
-
-
 # On real journals
 
 
@@ -602,8 +589,13 @@ class Reapers:
             await self._news.wait()
 
     async def __aenter__(self) -> Reapers:
-        self._tasks = [asyncio.create_task(reaper.run()) for reaper in self.all]
+        self._tasks = [asyncio.create_task(self._tick(reaper)) for reaper in self.all]
         return self
+
+    async def _tick(self, reaper: Reaper) -> None:
+        while True:
+            await reaper.tick()
+            await asyncio.sleep(reaper.tick_s)
 
     async def __aexit__(self, *error: object) -> None:
         for task in self._tasks:
