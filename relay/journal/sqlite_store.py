@@ -385,12 +385,12 @@ class Store:
             raise Diverged("The journal holds other frames in their place.", last_seq=top.seq)
         if there == count:
             return
+        if first.ms < (self._former_ms(opening.stream) + 1 if stream is None else stream.last_ms):
+            raise Diverged("The journal was written on at a later time.", last_seq=top.seq)
         if first.seq > top.seq + 1:
             raise Rewound("Frames before these are missing.", last_seq=top.seq)
         if run is None and held.producer_seq:
             raise Diverged("The journal lost the opening of the run, and has others since.", last_seq=top.seq)
-        if first.ms < (self._former_ms(opening.stream) + 1 if stream is None else stream.last_ms):
-            raise Diverged("The journal was written on at a later time.", last_seq=top.seq)
         if run is not None and run.writer != opening.writer:
             raise Fenced("The writer token is not the run's, or no longer.")
         if run is not None and run.status is not Status.OPEN:
