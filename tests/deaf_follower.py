@@ -17,5 +17,8 @@ class DeafFollower:
     def on_deleted(self, stream: str) -> None:
         pass
 
+    def on_sealed(self, stream: str) -> None:
+        pass
+
     def on_doubt(self, stream: str) -> None:
         pass
