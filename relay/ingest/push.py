@@ -268,7 +268,7 @@ class Turn:
 class Pushes:
     """Opens runs for producers and journals what they push.
 
-    `on_ended` is called with stream, run, ending and bytes of text of every run that ends here.
+    `on_ended` is told of every run that ends here.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ class Pushes:
         journal: Journal,
         settings: Settings,
         owned: OwnedRuns,
-        on_ended: Callable[[str, str, Ending, int], None],
+        on_ended: OnEnded,
     ) -> None:
         self._journal = journal
         self._settings = settings
