@@ -226,7 +226,7 @@ def open_journal(settings: Settings) -> Journal:
     """The journal a URL names; raises `StartupError`."""
     url = settings.journal
     scheme = urlsplit(url).scheme
-    if scheme in ("redis", "rediss", "unix"):
+    if scheme in ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel"):
         from relay.journal.redis_streams import RedisJournal
 
         return RedisJournal(url, prefix=settings.redis_prefix, timeout_s=settings.journal_timeout_s)
@@ -273,8 +273,10 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _shown(url: str) -> str:
-    """A journal URL without its password."""
+    """A journal URL without its passwords."""
     parts = urlsplit(url)
-    if "@" not in parts.netloc:
-        return url
-    return parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]).geturl()
+    if "password" in parts.query:
+        parts = parts._replace(query="***")
+    if "@" in parts.netloc:
+        parts = parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2])
+    return url if parts == urlsplit(url) else parts.geturl()

@@ -77,7 +77,7 @@ def test_a_journal_url_that_is_none_stops_the_start(url: str) -> None:
 
 def test_a_password_in_a_journal_url_is_not_shown() -> None:
     with pytest.raises(StartupError) as caught:
-        open_journal(Settings(journal="postgres://user:secret@host/db"))
+        open_journal(Settings(journal="postgres://user:secret@host/db?sentinel_password=secret"))
     assert "secret" not in caught.value.detail
     assert "***@host" in caught.value.detail
 
@@ -87,7 +87,8 @@ def test_a_journal_url_names_its_journal(tmp_path: Path) -> None:
         journal = open_journal(Settings(journal=url))
         assert isinstance(journal, SqliteJournal)
         assert str(journal.path) == path
-    for scheme in ("redis://h", "rediss://h", "unix:///run/redis.sock"):
+    sentinels = ("redis+sentinel://h,i:26380/main/1", "rediss+sentinel://h/main")
+    for scheme in ("redis://h", "rediss://h", "unix:///run/redis.sock", *sentinels):
         assert isinstance(open_journal(Settings(journal=scheme)), RedisJournal)
 
 

@@ -6,6 +6,11 @@ has no public way to that transport, so two of its private attributes are used, 
 
 A `Lane` multiplexes commands over one connection: what is submitted while a batch is in flight goes out
 in the next write. A `FollowLink` listens to Pub/Sub channels.
+
+The links of one `Address` all speak to one primary. Every connection is verified to lead to a primary before
+it is used, and asked for anew, of the sentinels if there are any, whenever it has to be opened. A primary
+that was demoted says so to the first write, which costs all links their connections: what a replica still
+answers may be old.
 """
 
 from __future__ import annotations
@@ -15,14 +20,17 @@ import logging
 import random
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import hiredis
 import redis
 from redis.asyncio.connection import AbstractConnection, Connection, parse_url
-from redis.exceptions import RedisError
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import ReadOnlyError, RedisError
 
 from relay.errors import JournalError, JournalRefused, JournalUnavailable, StartupError
 
@@ -74,13 +82,25 @@ def as_journal_error(reply: Exception) -> JournalError:
 
 
 _REDIS_PATH = re.compile(r"/?|/[0-9]{1,5}", re.ASCII)
+_SENTINEL_PATH = re.compile(r"/([^/]+)(/[0-9]{1,5})?", re.ASCII)
+_SENTINEL_PORT = 26379
 
 
 class Address:
-    """Where a Redis is and how to speak to it, from a redis://, rediss:// or unix:// URL."""
+    """Where a Redis is and how to speak to it, from a redis://, rediss:// or unix:// URL, or one that names
+    sentinels: redis+sentinel://host:port,host:port/service/db (rediss+sentinel for TLS).
+
+    Knows the links that use it."""
 
     def __init__(self, url: str) -> None:
         """Raises `ValueError`, and `StartupError` when the installed redis-py is not one we can use."""
+        self._links: list[Link] = []
+        self._sentinels: Sequence[tuple[str, int]] = ()
+        self._sentinel_options: dict[str, Any] = {}
+        self._service = ""
+        where = ""
+        if urlsplit(url).scheme.endswith("+sentinel"):
+            url, where = self._of_sentinels(url)
         if url.startswith("redis") and not _REDIS_PATH.fullmatch(urlsplit(url).path):
             raise ValueError("the path is a database number")  # redis-py would take database 0 instead
         options: dict[str, Any] = dict(parse_url(url))
@@ -88,20 +108,91 @@ class Address:
         options.pop("max_connections", None)
         options.pop("timeout", None)
         options["db"] = self.db = int(options.get("db", 0))
+        if self._connection_class is not Connection and self._sentinels:
+            tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
+            self._sentinel_options |= tls | {"ssl": True}
         # Pub/Sub and our reply reader want RESP2 and bytes, whatever the URL asks for.
         self._options = options | {"protocol": 2, "decode_responses": False, "health_check_interval": 0}
-        where = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+        where = (
+            where or options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+        )
         self.name = f"{where}/{self.db}"
         _stream_of(self.connection("check", 1.0))  # an unknown option is a ValueError here
 
-    def connection(self, role: str, timeout_s: float) -> AbstractConnection:
-        """A connection not yet opened. `timeout_s` bounds each step of opening it."""
+    def _of_sentinels(self, url: str) -> tuple[str, str]:
+        """Take note of the sentinels; the URL of the server they are to find, its host left open, and their
+        names."""
+        parts = urlsplit(url)
+        path = _SENTINEL_PATH.fullmatch(parts.path)
+        if path is None:
+            raise ValueError("behind the sentinels stands /service or /service/database")
+        user, at, hosts = parts.netloc.rpartition("@")
+        places = [urlsplit(f"//{host}") for host in hosts.split(",")]
+        if not all(place.hostname for place in places):
+            raise ValueError("a sentinel has no host")
+        self._sentinels = [(place.hostname or "", place.port or _SENTINEL_PORT) for place in places]
+        self._service = path[1]
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        for option in ("username", "password"):
+            if f"sentinel_{option}" in query:
+                self._sentinel_options[option] = query.pop(f"sentinel_{option}")
+        scheme = parts.scheme.removesuffix("+sentinel")
+        return f"{scheme}://{user}{at}sentinel{path[2] or ''}?{urlencode(query)}", f"{hosts}/{self._service}"
+
+    def connection(
+        self, role: str, timeout_s: float, server: tuple[str, int] | None = None
+    ) -> AbstractConnection:
+        """A connection not yet opened, to `server` if the URL does not say. `timeout_s` bounds each step of
+        opening it."""
         bounds = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
         options = {"client_name": f"relay-{role}"} | self._options | bounds
+        if server is not None:
+            options["host"], options["port"] = server
         try:
             return self._connection_class(**options)
         except TypeError as error:
             raise ValueError(f"an option of the URL is not known: {error}") from None
+
+    async def connect(self, role: str, timeout_s: float) -> AbstractConnection:
+        """An open connection. Raises `RedisError`, `OSError` or `TimeoutError`."""
+        async with asyncio.timeout(timeout_s):
+            server = await self._ask_sentinels(timeout_s) if self._sentinels else None
+            connection = self.connection(role, timeout_s, server)
+            try:
+                await connection.connect()  # type: ignore[no-untyped-call]
+            except BaseException:
+                await connection.disconnect(nowait=True)
+                raise
+            return connection
+
+    async def _ask_sentinels(self, timeout_s: float) -> tuple[str, int]:
+        """Where the primary is."""
+        one_s = timeout_s / (len(self._sentinels) + 1)  # so that one which hangs leaves time to ask the next
+        bounds = {"socket_timeout": one_s, "socket_connect_timeout": one_s}
+        once = {"retry": Retry(NoBackoff(), 0), "protocol": 2}
+        options = once | bounds | self._sentinel_options
+        sentinels = Sentinel(self._sentinels, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
+        try:
+            host, port = await sentinels.discover_master(self._service)
+        finally:
+            for sentinel in sentinels.sentinels:
+                await sentinel.aclose()
+        return str(host), int(port)
+
+    def join(self, link: Link) -> None:
+        """Let a link hear of what the others find out about the primary."""
+        self._links.append(link)
+
+    def agree(self, link: Link) -> None:
+        """A link found its primary: those that speak to another one look again."""
+        for other in self._links:
+            if other.primary != link.primary:
+                other.leave()
+
+    def demoted(self) -> None:
+        """The primary is one no more: every link looks again."""
+        for link in self._links:
+            link.leave()
 
 
 def _stream_of(connection: AbstractConnection) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
@@ -157,11 +248,14 @@ class Link:
         self._address = address
         self._role = role
         self._timeout_s = timeout_s
+        self.primary = ""
+        """Which life of which primary this link speaks to, or spoke to last."""
         self._wire: _Wire | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
         self._useful = False
         """Whether this life of the connection has served anybody."""
+        address.join(self)
 
     async def open(self) -> None:
         """Begin, and wait up to `timeout_s` for the first connection. Raises `TimeoutError`."""
@@ -184,11 +278,10 @@ class Link:
     async def _keep(self) -> None:
         backoff_s = RECONNECT_FIRST_S
         while True:
-            connection = self._address.connection(self._role, self._timeout_s)
             try:
+                connection = await self._address.connect(self._role, self._timeout_s)
                 try:
-                    async with asyncio.timeout(self._timeout_s):
-                        await connection.connect()  # type: ignore[no-untyped-call]
+                    self.primary = await _primary_of(connection, self._timeout_s)
                     self._useful = False
                     await self._live(connection)
                     # One that opens only to refuse (LOADING, READONLY) is not tried again at once.
@@ -214,6 +307,7 @@ class Link:
         wire = self._wire = _Wire(transport, self._on_reply)
         transport.set_protocol(wire)
         try:
+            self._address.agree(self)
             self._on_connected()
             self._connected.set()
             await wire.lost
@@ -223,7 +317,7 @@ class Link:
             wire.end()
             self._on_lost()
 
-    def _break(self) -> None:
+    def leave(self) -> None:
         """Give this life of the connection up; `_keep` begins the next."""
         if self._wire is not None:
             wire, self._wire = self._wire, None
@@ -324,11 +418,13 @@ class Lane(Link):
 
     def _on_reply(self, reply: Any) -> None:
         if not self._sent:  # nobody asked: this is not the conversation we think it is
-            self._break()
+            self.leave()
             return
         if isinstance(reply, hiredis.ReplyError) and error_names(reply, *_UNAVAILABLE):
-            self._break()
+            self.leave()
             self._on_lost()
+            if error_names(reply, "READONLY"):
+                self._address.demoted()
             return
         self._useful = self._useful or not isinstance(reply, hiredis.ReplyError)
         batch = self._sent[0]
@@ -351,7 +447,7 @@ class Lane(Link):
         loop = asyncio.get_running_loop()
         now = loop.time()
         if self._sent and self._sent[0].deadline <= now:
-            self._break()
+            self.leave()
             self._on_lost()
         while self._waiting and (self._waiting[0].deadline <= now or self._waiting[0].answer.done()):
             self._fail([self._waiting.popleft()], "Redis cannot be reached.")
@@ -443,14 +539,14 @@ class FollowLink(Link):
             self._wire.transport.write(pack(b"PING"))
             self._watch_silence(self._timeout_s)
         else:
-            self._break()
+            self.leave()
 
     def _on_reply(self, reply: Any) -> None:
         self._heard_at = asyncio.get_running_loop().time()
         self._pinged = False
         if not isinstance(reply, list):
             if isinstance(reply, hiredis.ReplyError):
-                self._break()
+                self.leave()
             return
         self._useful = True
         kind = reply[0]
@@ -462,12 +558,23 @@ class FollowLink(Link):
 
 async def fetch_info(address: Address, timeout_s: float) -> dict[str, str]:
     """INFO of the server, over a connection of its own. Raises `RedisError`, `OSError` or `TimeoutError`."""
-    connection = address.connection("check", timeout_s)
+    connection = await address.connect("check", timeout_s)
     try:
-        async with asyncio.timeout(timeout_s):
-            await connection.connect()  # type: ignore[no-untyped-call]
-            await connection.send_command("INFO")
-            text = (await connection.read_response()).decode()
+        return await _info(connection, timeout_s)
     finally:
         await connection.disconnect(nowait=True)
+
+
+async def _primary_of(connection: AbstractConnection, timeout_s: float) -> str:
+    """What tells this life of this primary from another; raises `RedisError` for a replica."""
+    info = await _info(connection, timeout_s, "replication")
+    if info.get("role") == "slave":
+        raise ReadOnlyError("This is a replica.")
+    return info.get("master_replid", "")
+
+
+async def _info(connection: AbstractConnection, timeout_s: float, *sections: str) -> dict[str, str]:
+    async with asyncio.timeout(timeout_s):
+        await connection.send_command("INFO", *sections)
+        text = (await connection.read_response()).decode()
     return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)

@@ -223,7 +223,8 @@ class RedisJournal:
         except (ValueError, RedisError) as error:
             raise StartupError(
                 f"The journal's URL is not usable: {error}. "
-                "It looks like redis://user:password@host:6379/0, rediss://… for TLS, or unix:///path?db=0."
+                "It looks like redis://user:password@host:6379/0, rediss://… for TLS, unix:///path?db=0, or "
+                "redis+sentinel://user:password@host:26379,host:26379/service/0."
             ) from None
         _check_server(await _ask_server(address, self._timeout_s), address.name)
         self._follower, self._owner = follower, owner

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import hiredis
 import pytest
+import redis
 from redis_server import RedisServer
 
 from relay.errors import JournalRefused, JournalUnavailable, StartupError
@@ -46,7 +47,27 @@ async def connection_id(opened: Lane) -> int:
                 continue
 
 
-@pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", "redis://localhost?no_such_option=1"])
+async def connections_beyond(client: redis.Redis, count: int) -> None:
+    """Wait until the server took more connections than so many."""
+    async with asyncio.timeout(DEADLINE_S):
+        while (await asyncio.to_thread(client.info, "stats"))["total_connections_received"] <= count:
+            pass
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost",
+        "localhost:6379",
+        "redis://localhost?no_such_option=1",
+        "redis+sentinel://localhost",
+        "redis+sentinel://localhost/main/x",
+        "redis+sentinel:///main",
+        "redis+sentinel://a,:1/main",
+        "redis+sentinel://a:x/main",
+        "redis+sentinel://a/main?no_such_option=1",
+    ],
+)
 def test_an_address_that_cannot_be_meant_is_refused(url: str) -> None:
     with pytest.raises(ValueError):
         Address(url)
@@ -55,6 +76,9 @@ def test_an_address_that_cannot_be_meant_is_refused(url: str) -> None:
 def test_an_address_names_its_place_without_the_password() -> None:
     assert Address("redis://user:secret@example.org:7000/3?protocol=3").name == "example.org:7000/3"
     assert Address("unix:///run/redis.sock?db=2").name == "/run/redis.sock/2"
+    sentinels = "redis+sentinel://user:secret@a:1,b,[::1]:3/main/4?sentinel_password=hidden"
+    assert Address(sentinels).name == "a:1,b,[::1]:3/main/4"
+    assert Address(sentinels).db == 4
 
 
 def test_a_redis_py_without_the_streams_we_take_over_is_refused_at_start(
@@ -188,16 +212,33 @@ def test_closing_fails_whatever_waits(own_server: RedisServer) -> None:
     asyncio.run(scenario())
 
 
-def test_a_server_that_became_a_replica_costs_the_connection(own_server: RedisServer) -> None:
-    """READONLY: another attempt may lead to the new primary."""
+def test_a_demoted_primary_costs_every_link_its_connection_until_there_is_a_primary_again(
+    own_server: RedisServer,
+) -> None:
+    """The first write meets READONLY. Whoever only reads would be told old things and never find out."""
 
     async def scenario() -> None:
-        async with lane(own_server) as opened:
-            before = await connection_id(opened)
-            await opened.submit(pack("REPLICAOF", "127.0.0.1", "1"))
-            with pytest.raises(JournalUnavailable):
-                await opened.submit(pack("SET", "a", "b"))
-            assert await connection_id(opened) != before
+        address = Address(own_server.url())
+        writing, reading = Lane(address, "write", DEADLINE_S), Lane(address, "read", DEADLINE_S)
+        await asyncio.gather(writing.open(), reading.open())
+        before = await asyncio.gather(connection_id(writing), connection_id(reading))
+        lost = asyncio.ensure_future(reading.lost())
+        await writing.submit(pack("REPLICAOF", "127.0.0.1", "1"))
+        with pytest.raises(JournalUnavailable):
+            await writing.submit(pack("SET", "a", "b"))
+        await asyncio.wait_for(lost, DEADLINE_S)
+        waiting = [writing.submit(pack("SET", "a", "c")), reading.submit(pack("GET", "a"))]
+        with own_server.client() as client:
+            # a replica is refused until it is promoted, so nothing was answered yet
+            for _ in range(2):
+                await connections_beyond(client, client.info("stats")["total_connections_received"])
+            assert not any(answer.done() for answer in waiting)
+            client.replicaof("NO", "ONE")
+        assert (await asyncio.wait_for(waiting[0], DEADLINE_S)) == b"OK"
+        await asyncio.wait_for(waiting[1], DEADLINE_S)
+        after = await asyncio.gather(connection_id(writing), connection_id(reading))
+        assert not set(after) & set(before)
+        await asyncio.gather(writing.close(), reading.close())
 
     asyncio.run(scenario())
 
