@@ -62,6 +62,7 @@ async def test_lists_of_all_streams_leave_out_those_that_expired_or_were_deleted
         await journal.end_run(stream, "ended", ending(Reason.CLIENT_CANCEL), {})
     assert len(await journal.ended_runs(0, "", 10)) == 3
     await journal.delete("deleted")
+    await journal.sweep()
     clock.ms += 10_001
     assert await journal.due_runs(10) == [("kept", "silent")]
     assert [(each.stream, each.info.run) for each in await journal.ended_runs(0, "", 10)] == [

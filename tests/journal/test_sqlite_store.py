@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import shutil
 import sqlite3
 from collections.abc import Awaitable
 from contextlib import closing
@@ -28,8 +30,17 @@ from journal_file import (
     started,
 )
 
-from relay.cursor import ORIGIN, Cursor
-from relay.errors import JournalRefused, JournalUnavailable, RelayError, RunEnded, UnknownStream
+from relay.cursor import ORIGIN, Cursor, Extent
+from relay.errors import (
+    Diverged,
+    Fenced,
+    JournalRefused,
+    JournalUnavailable,
+    RelayError,
+    Rewound,
+    RunEnded,
+    UnknownStream,
+)
 from relay.frame import Event
 from relay.journal import sqlite_file, sqlite_store
 from relay.journal.base import (
@@ -45,7 +56,7 @@ from relay.journal.base import (
     TakenOver,
 )
 from relay.journal.sqlite import SqliteJournal
-from relay.lifecycle import Reason, ending
+from relay.lifecycle import Reason, Status, ending
 from relay.limits import Retention
 
 # Failures while writing.
@@ -368,6 +379,130 @@ async def test_a_delivery_is_due_again_when_its_lease_lapses_and_counts_tries_th
     await journal.close()
 
 
+@on_a_loop
+async def test_a_repeated_append_is_heard_of(path: Path, clock: SteeredClock) -> None:
+    """Its producer lives, though nothing new was journaled."""
+    journal = await started(path, clock_ms=clock)
+    await journal.open_run(opening(idle_timeout_s=10))
+    await journal.append(batch(1, b"x"))
+    clock.ms += 9_999
+    assert (await journal.append(batch(1, b"x"))).duplicates == 1
+    clock.ms += 9_999
+    assert await journal.end_due("s", "r", 0, {}) is None
+    clock.ms += 1
+    assert await journal.end_due("s", "r", 0, {}) == Ended(True, Status.LOST, "idle_timeout")
+    await journal.close()
+
+
+# A file that was put back from a copy.
+
+
+@on_a_loop
+async def test_a_file_put_back_from_a_copy_takes_what_its_writers_still_hold(
+    path: Path, clock: SteeredClock
+) -> None:
+    """Under the same ids, each in its turn, and once."""
+    copy = path.with_name("copy.db")
+    journal = await started(path, clock_ms=clock)
+    await journal.open_run(opening(run="a", token="a"))
+    await journal.append(batch(1, b"a1", run="a", text_bytes=2))
+    await journal.close()
+    shutil.copy(path, copy)
+
+    journal = await started(path, clock_ms=clock)
+    clock.ms += 5
+    a2 = await journal.append(batch(2, b"a2", b"a3", run="a", text_bytes=4))
+    opened = await journal.open_run(opening(run="b", token="b", metadata="1", idle_timeout_s=9))
+    started_b = (await page(journal)).frames[-1]
+    clock.ms += 5
+    failed = ending(Reason.UPSTREAM_ERROR)
+    said = Event("", b"broke off")
+    end_b = await journal.append(batch(1, b"b1", run="b", text_bytes=2, ending=failed, error_event=said))
+    whole = (await page(journal), await journal.describe("s"), await journal.runs("s", "", 9))
+    await journal.close()
+
+    os.replace(copy, path)
+    clock.ms += 1000
+    notes = Notes()
+    journal = SqliteJournal(path, clock_ms=clock)
+    await journal.start(notes)
+    journal.watch("s")
+    of_a = opening(run="a", token="a")
+    of_b = opening(run="b", token="b", metadata="1", idle_timeout_s=9)
+    held_a = Held(Cursor(a2.last.seq - 1, a2.last.ms), 2, [Event("delta", b"a2"), Event("delta", b"a3")], 4)
+    held_b = Held(opened.first, 0, [Event(started_b.event, started_b.data)], 0)
+    ending_b = Held(Cursor(6, end_b.last.ms), 1, [Event("delta", b"b1")], 2, said, failed)
+    with pytest.raises(Rewound) as rewound:
+        await journal.append(batch(4, b"a4", run="a", acknowledged=a2.last))
+    assert rewound.value.extra == {"last_seq": 2}
+    with pytest.raises(Rewound) as rewound:
+        await journal.append(batch(2, b"b2", run="b", acknowledged=end_b.last))
+    assert rewound.value.extra == {"last_seq": 0}
+    with pytest.raises(Rewound) as rewound:
+        await journal.restore(of_b, held_b)
+    assert (type(rewound.value), rewound.value.extra) == (Rewound, {"last_seq": 2})
+    for given, held in ((of_a, held_a), (of_b, held_b), (of_b, ending_b)) * 2:
+        await journal.restore(given, held)
+    restored = (await page(journal), await journal.describe("s"), await journal.runs("s", "", 9))
+    assert restored[:2] == whole[:2]
+    assert [replace(run, heard_ms=0) for run in restored[2]] == [replace(run, heard_ms=0) for run in whole[2]]
+    assert [frame.seq for frame in notes.frames] == list(range(3, 9))
+    assert (await journal.append(batch(4, b"a4", run="a", acknowledged=a2.last))).last.seq == 9
+    await journal.close()
+
+
+@on_a_loop
+async def test_what_was_written_since_is_never_overwritten(path: Path, clock: SteeredClock) -> None:
+    journal = await started(path, clock_ms=clock)
+    await journal.open_run(opening(run="a", token="a"))
+    await journal.append(batch(1, b"a1", run="a"))
+    one = [Event("delta", b"x")]
+    before = await page(journal)
+    for given, held, refusal in (
+        (opening(run="a"), Held(Cursor(2, NOON - 1), 1, one, 1), Diverged),
+        (opening(run="b"), Held(Cursor(2, NOON), 1, one, 1), Diverged),
+        (opening(run="b"), Held(Cursor(3, NOON), 1, one, 1), Diverged),
+        (opening(run="a"), Held(Cursor(3, NOON - 1), 2, one, 1), Diverged),
+        (opening(run="a"), Held(Cursor(4, NOON), 2, one, 1), Rewound),
+        (opening(run="a", writer="w2"), Held(Cursor(3, NOON), 2, one, 1), Fenced),
+    ):
+        with pytest.raises(refusal) as refused:
+            await journal.restore(given, held)
+        assert type(refused.value) is refusal
+    await journal.append(batch(1, run="a", ending=ending(Reason.PRODUCER_END)))
+    with pytest.raises(RunEnded):
+        await journal.restore(opening(run="a"), Held(Cursor(4, NOON), 2, one, 1))
+    assert (await page(journal)).frames[:-1] == before.frames
+    await journal.close()
+
+
+@on_a_loop
+async def test_a_deleted_stream_is_not_brought_back(path: Path, clock: SteeredClock) -> None:
+    """Its writer may hold all of it; what it holds is of a former life."""
+    journal = await started(path, clock_ms=clock)
+    opened = await journal.open_run(opening())
+    (frame,) = (await page(journal)).frames
+    held = Held(opened.first, 0, [Event(frame.event, frame.data)], 0)
+    await journal.delete("s")
+    with pytest.raises(Diverged):
+        await journal.restore(opening(), held)
+    assert dict(await journal.tops(["s"])) == {}
+    await journal.close()
+
+
+@on_a_loop
+async def test_a_lost_stream_comes_back_with_its_first_frame(path: Path, clock: SteeredClock) -> None:
+    journal = await started(path, clock_ms=clock)
+    started_frame = Event("relay", b'{"type":"run.started","run":"r"}')
+    held = Held(Cursor(1, NOON - 9), 0, [started_frame], 0)
+    await journal.restore(opening(seal=True, retention=Retention(5, 6, 70), deliver=True), held)
+    info = await journal.describe("s")
+    assert (info.extent, info.sealed) == (Extent(NOON - 9, 1, Cursor(1, NOON - 9)), True)
+    assert (info.retention, info.open_runs) == (Retention(5, 6, 70), ["r"])
+    assert (await journal.append(batch(1, b"on", acknowledged=held.first))).last.seq == 2
+    await journal.close()
+
+
 # What is cached.
 
 TABLES = ("streams", "stream_texts", "runs", "run_texts", "frames", "tombstones")
@@ -396,7 +531,7 @@ def any_operation(dice: random.Random, journal: SqliteJournal) -> Awaitable[Any]
         "supersedes": dice.choice(([], ["latest"], ["r1", "r3"])),
         "if_busy": dice.choice(("allow", "allow", "reject", "supersede")),
         "deliver": dice.random() < 0.5,
-        "seal": dice.random() < 0.05,
+        "seal": dice.random() < 0.02,
         "answer": dice.choice(("", "200")),
         "error_events": {"openai-chat": Event("", b"superseded")},
     }
@@ -413,7 +548,7 @@ def any_operation(dice: random.Random, journal: SqliteJournal) -> Awaitable[Any]
             lambda: journal.put_stream(stream, Retention(0, 0, 0), change),
             lambda: journal.trim(stream, seq),
             lambda: journal.seal(stream) if dice.random() < 0.1 else journal.trim(stream, 2),
-            lambda: journal.delete(stream) if dice.random() < 0.3 else journal.trim(stream, 2),
+            lambda: journal.delete(stream),
             lambda: journal.restore(open_run, held),
             lambda: journal.take_over(stream, run, writer, dice.choice((0, 0.2))),
             lambda: journal.hear_of(stream, run, writer),
