@@ -258,32 +258,45 @@ def test_p3_a_run_whose_opening_was_not_answered_ends_when_the_journal_is_back(
     assert record.texts == []
 
 
-def test_p3_a_run_whose_journal_was_rewound_ends(
-    own_redis: RedisServer, upstream: ScriptedUpstream, name: str
+@pytest.mark.parametrize("held", ["held", "not held"])
+def test_p3_a_run_whose_journal_was_rewound_goes_on_with_all_its_frames_or_ends(
+    own_redis: RedisServer, upstream: ScriptedUpstream, name: str, held: str
 ) -> None:
     """What the journal had accepted is gone from it, as after a failover to a replica that was behind."""
     gate = upstream.gate()
 
     async def handler(exchange: Exchange) -> None:
         await exchange.head()
-        await exchange.chunk(b"data: one\n\n")
-        await gate.wait()
-        await exchange.chunk(b"data: two\n\n")
-        await exchange.closed()
+        for word in (b"one", b"two"):
+            await gate.wait()
+            await exchange.chunk(b"data: " + word + b"\n\n")
+        await exchange.end()
 
     upstream.on(f"/{name}", handler)
+    settings = {} if held == "held" else {"held_max_bytes": 0}
     with (
-        RelayProcess.start(journal=own_redis.url(), upstream=upstream.url) as relay,
+        RelayProcess.start(journal=own_redis.url(), upstream=upstream.url, **settings) as relay,
         RawClient(relay.port) as client,
+        own_redis.client() as redis,
     ):
         client.request("GET", f"/{name}", f"Relay-Stream: {name}")
+        client.read_until(b"\r\n\r\n")
+        before = {key: redis.dump(key) for key in redis.scan_iter(f"relay:{{{name}}}:*")}
+        gate.pass_one()
         client.read_until(b"data: one\n\n")
-        run = relay.json(f"/relay/v1/streams/{name}")["open_runs"][0]
-        with own_redis.client() as redis:
-            assert redis.hset(f"relay:{{{name}}}:run:{run}", "frames", "0") == 0
-        gate.open()
+        for key in redis.scan_iter(f"relay:{{{name}}}:*"):
+            redis.delete(key)
+        for key, value in before.items():
+            redis.restore(key, 0, value)
+        gate.pass_one()
+        if held == "held":
+            assert b"data: one" not in client.read_until(b"data: two\n\n")
         record = whole_run(relay, name)
-    assert record.outcome == ("lost", "journal_lost")
+    if held == "held":
+        assert record.outcome == ("completed", "upstream_end")
+        assert record.texts == ["one", "two"]
+    else:
+        assert record.outcome == ("lost", "journal_lost")
 
 
 # --- error shapes -------------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ async def _opened(
     await journal.start(DeafFollower())
     backend = Upstream(upstream.url, settings)
     await backend.start()
-    owned = OwnedRuns(settings, lambda ending, text_bytes: None)
-    proxy = Proxy(backend, journal, settings, owned, lambda stream: 1, lambda ending, text_bytes: None)
+    owned = OwnedRuns(settings, lambda *ended: None)
+    proxy = Proxy(backend, journal, settings, owned, lambda stream: 1, lambda *ended: None)
     call = Call("GET", f"/{name}", f"/{name}", [(b"host", b"relay")], None, "127.0.0.1", lambda: False)
     try:
         opened: object = await proxy.open(call)
