@@ -359,11 +359,7 @@ class Store:
             fresh += _closing(run.name, ending, batch.error_event, frames, text_bytes)
 
         # Nothing from here on may raise: the cached state would be left half changed.
-        if batch.dialect and batch.dialect != run.dialect:
-            run.dialect = batch.dialect
-            self._turned_runs[run.id] = run
-        if batch.answer:
-            self._answers[run.id] = batch.answer
+        self._learn(run, batch.dialect, batch.answer)
         if not fresh:
             self._hear_of(run, now)
             return Appended(last, 0, duplicates, expected)
@@ -402,6 +398,8 @@ class Store:
             run = self._insert_run(stream, opening, top, first.ms, "")
             if opening.seal:
                 self._seal(stream)
+        else:
+            self._learn(run, opening.dialect, opening.answer)
         appended = max(0, len(held.events) - there) if held.producer_seq else 0
         if appended:
             run.frames += appended
@@ -414,6 +412,13 @@ class Store:
         self._hear_of(run, now)
         if held.ending is not None:
             self._turn(run, held.ending)
+
+    def _learn(self, run: Run, dialect: str, answer: str) -> None:
+        if dialect and dialect != run.dialect:
+            run.dialect = dialect
+            self._turned_runs[run.id] = run
+        if answer:
+            self._answers[run.id] = answer
 
     def take_over(self, stream_name: str, name: str, writer: str, idle_ms: int) -> TakenOver:
         now = self._clock_ms()
