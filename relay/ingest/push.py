@@ -610,7 +610,7 @@ class Pushes:
                 continue
             except (UnknownStream, UnknownRun):
                 return
-            if ended.by_this:
+            if ended.by_this or ended.reason == end.reason:  # or the first try was done after all
                 _log_ended(stream, run, end)
                 self._on_ended(stream, run, end, ended.text_bytes)
             return
