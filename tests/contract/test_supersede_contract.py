@@ -245,6 +245,8 @@ async def test_a_busy_stream_can_refuse_further_runs(journal: Journal, stream: s
     with pytest.raises(StreamBusy) as refused:
         await journal.open_run(opening(stream, "r3", if_busy="reject"))
     assert refused.value.extra == {"open_runs": ["r2"]}
+    with pytest.raises(StreamBusy):
+        await journal.open_run(opening(stream, "r3", supersedes=["r2"], if_busy="reject"))
     await journal.append(batch(stream, 1, "a", run="r2", ending=COMPLETED))
     assert (await journal.open_run(opening(stream, "r3", if_busy="reject"))).superseded == ()
 
