@@ -879,3 +879,332 @@ def test_a_run_that_completed_without_text_is_counted(
     while relay.metric("relay_runs_completed_without_text_total") != before + 1:
         pass
     assert json.loads(relay.get("/relay/healthz")[2])["status"] == "alive"
+
+
+# --- stopped and replaced -----------------------------------------------------------------------------
+
+CHUNK = b'data: {"object":"chat.completion.chunk","choices":[{"delta":{"content":"Hi"}}]}\n\n'
+
+
+def endless(upstream: ScriptedUpstream, path: str, first: bytes) -> threading.Event:
+    """An upstream that says something and then nothing, until it is closed: then the event is set."""
+    closed = threading.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head()
+        await exchange.chunk(first)
+        await exchange.closed()
+        closed.set()
+
+    upstream.on(path, handler)
+    return closed
+
+
+@pytest.fixture(scope="module")
+def another(relay: RelayProcess, journal_url: str, upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
+    """Another relay on the same journal; SQLite's has one only."""
+    if journal_url.startswith("sqlite"):
+        yield relay
+        return
+    with RelayProcess.start(journal=journal_url, upstream=upstream.url) as process:
+        yield process
+
+
+@pytest.mark.parametrize(("first", "whole"), [(CHUNK, True), (b"data: one\n\n", False)])
+def test_p7_a_cancel_anywhere_closes_upstream_and_ends_the_clients_answer_in_its_own_format(
+    relay: RelayProcess,
+    another: RelayProcess,
+    upstream: ScriptedUpstream,
+    name: str,
+    first: bytes,
+    whole: bool,
+) -> None:
+    closed = endless(upstream, f"/{name}", first)
+    counted = 'relay_runs_ended_total{reason="client_cancel",status="cancelled"}'
+    before = relay.metric(counted) + (another.metric(counted) if another is not relay else 0)
+    with RawClient(relay.port) as client:
+        client.request("POST", f"/{name}", f"Relay-Stream: {name}", body=b"{}")
+        head = client.read_until(first)
+        assert ask(another, "POST", f"/relay/v1/streams/{name}/cancel").status == 200
+        assert closed.wait(60)
+        rest = client.read_until(b"0\r\n\r\n") if whole else client.rest()
+    assert b"relay-run" in head.lower()
+    assert (b"\r\n0\r\n" in rest) == whole
+    assert (b'"code":"client_cancel"' in rest) == whole, "its format says so, where it has a way to"
+    record = whole_run(another, name)
+    assert record.outcome == ("cancelled", "client_cancel")
+    assert record.ended["frames"] == 1
+    after = relay.metric(counted) + (another.metric(counted) if another is not relay else 0)
+    assert after == before + 1, "counted once, by the relay that was asked"
+
+
+def test_p7_a_cancel_before_upstreams_next_word_wins_over_a_terminal_marker(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    """Once it said its last word the run is over, and a cancel finds it so."""
+    upstream.on_stream(f"/{name}", [CHUNK, b"data: [DONE]\n\n"])
+    ask(relay, "POST", f"/{name}", f"Relay-Stream: {name}", body=b"{}")
+    answer = ask(relay, "POST", f"/relay/v1/streams/{name}/cancel")
+    assert (answer.status, json.loads(answer.body)["run"]) == (200, None)
+    assert whole_run(relay, name).outcome == ("completed", "upstream_end")
+
+
+def test_a_new_run_supersedes_the_latest_and_its_client_sees_its_end(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    closed = endless(upstream, f"/{name}/old", CHUNK)
+    upstream.on_stream(f"/{name}/new", [b"data: two\n\n"])
+    with RawClient(relay.port) as client:
+        client.request("POST", f"/{name}/old", f"Relay-Stream: {name}", body=b"{}")
+        client.read_until(CHUNK)
+        answer = ask(relay, "POST", f"/{name}/new", f"Relay-Stream: {name}", "Relay-Supersedes: latest")
+        assert (answer.status, answer.header("relay-frames-after")) == (200, "0")
+        assert b'"code":"superseded"' in client.read_until(b"0\r\n\r\n")
+    assert closed.wait(60)
+    with Reading(f"{relay.url}/relay/v1/streams/{name}/events?run={answer.header('relay-run')}") as reading:
+        assert [block.data for block in reading.frames()] == ["two"]
+    received = upstream.received[-1]
+    assert received.header("relay-supersedes") is None
+    assert received.header("relay-stream") == name
+
+
+@pytest.mark.parametrize("if_busy", ["supersede", "reject", "allow"])
+def test_a_busy_stream_is_treated_as_the_request_says(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, if_busy: str
+) -> None:
+    closed = endless(upstream, f"/{name}/old", b"data: one\n\n")
+    upstream.on_stream(f"/{name}/new", [b"data: two\n\n"])
+    with Reading(f"{relay.url}/{name}/old", Relay_Stream=name) as reading:
+        reading.take(1)
+        run = reading.headers["relay-run"]
+        answer = ask(relay, "GET", f"/{name}/new", f"Relay-Stream: {name}", f"Relay-If-Busy: {if_busy}")
+        status = relay.json(f"/relay/v1/streams/{name}/runs/{run}")["status"]
+    if if_busy == "reject":
+        assert (answer.status, answer.problem["code"]) == (409, "stream_busy")
+        assert answer.problem["open_runs"] == [run]
+        assert upstream.calls(f"/{name}/new") == 0, "the stream is known before upstream is called"
+    else:
+        assert answer.status == 200
+    assert status == ("cancelled" if if_busy == "supersede" else "open")
+    ask(relay, "POST", f"/relay/v1/streams/{name}/cancel")
+    assert closed.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("header", "status", "code", "called"),
+    [
+        ("Relay-If-Busy: perhaps", 400, "invalid_parameter", 0),
+        ("Relay-Supersedes: ,", 400, "invalid_name", 0),
+        ("Relay-Supersedes: current", 400, "invalid_name", 0),
+        ("Relay-Supersedes: a b", 400, "invalid_name", 0),
+        ("Relay-Supersedes: " + ",".join(["r"] * 101), 400, "invalid_parameter", 0),
+        ("Relay-Supersedes: latest, nobody", 404, "unknown_run", 1),
+        ("Relay-If-Busy: reject", 409, "stream_busy", 1),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_refused_and_upstream_closed(
+    relay: RelayProcess,
+    upstream: ScriptedUpstream,
+    name: str,
+    header: str,
+    status: int,
+    code: str,
+    called: int,
+) -> None:
+    """Here upstream names the stream, so that whether it is busy shows only when it has answered."""
+    closed = threading.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head("200 OK", "text/event-stream", f"Relay-Stream: {name}")
+        await exchange.chunk(b"data: one\n\n")
+        await exchange.closed()
+        closed.set()
+
+    upstream.on(f"/{name}/open", handler)
+    upstream.on(f"/{name}", handler)
+    with Reading(f"{relay.url}/{name}/open") as reading:
+        reading.take(1)
+        answer = ask(relay, "GET", f"/{name}", header)
+        assert (answer.status, answer.problem["code"]) == (status, code)
+        assert upstream.calls(f"/{name}") == called
+        if called:
+            assert closed.wait(60)
+        assert relay.json(f"/relay/v1/streams/{name}")["runs"] == 1
+    ask(relay, "POST", f"/relay/v1/streams/{name}/cancel")
+
+
+# --- answered before upstream is called ----------------------------------------------------------------
+
+
+def test_respond_async_answers_with_the_run_before_upstream_has_answered(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    gate = upstream.gate()
+
+    async def handler(exchange: Exchange) -> None:
+        await gate.wait()
+        await exchange.stream([CHUNK, b"data: [DONE]\n\n"])
+
+    upstream.on(f"/{name}", handler)
+    headers = (f"Relay-Stream: {name}", "Prefer: respond-async, wait=5; x=1", "X-Mine: 1")
+    answer = ask(relay, "POST", f"/{name}", *headers, body=b'{"a": 1}')
+    started = json.loads(answer.body)
+    assert (answer.status, answer.header("preference-applied")) == (202, "respond-async")
+    assert started == {"stream": name, "run": answer.header("relay-run"), "cursor": "0-0"}
+    gate.await_arrival()
+    received = upstream.received[-1]
+    assert (received.method, received.body, received.header("x-mine")) == ("POST", b'{"a": 1}', "1")
+    assert received.header("prefer") == "wait=5; x=1"
+    assert relay.json(f"/relay/v1/streams/{name}")["open_runs"] == [started["run"]]
+    gate.open()
+    record = whole_run(relay, name, started["run"])
+    assert record.outcome == ("completed", "upstream_end")
+    assert len(record.frames) == 2
+    assert relay.json(f"/relay/v1/streams/{name}/runs/{started['run']}")["dialect"] == "openai-chat"
+
+
+def test_without_a_name_an_async_run_has_a_sealed_stream_of_its_own(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    upstream.on_stream(f"/{name}", [b"data: one\n\n"])
+    answer = ask(relay, "GET", f"/{name}", "Prefer: respond-async")
+    assert whole_run(relay, answer.header("relay-stream") or "").texts == ["one"]
+    assert relay.json(f"/relay/v1/streams/{answer.header('relay-stream')}")["sealed"] is True
+
+
+def test_one_key_is_one_run_whether_or_not_it_is_waited_for(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    gate = held_stream(upstream, f"/{name}", b"data: one\n\n", b"data: two\n\n")
+    key = (f"Idempotency-Key: {name}", f"Relay-Stream: {name}")
+    first = ask(relay, "POST", f"/{name}", *key, "Prefer: respond-async", body=b"{}")
+    again = ask(relay, "POST", f"/{name}", *key, "Prefer: respond-async", body=b"{}")
+    assert (first.status, again.status) == (202, 202)
+    assert first.body == again.body
+    with Reading(f"{relay.url}/{name}", "POST", b"{}", Idempotency_Key=name, Relay_Stream=name) as waiting:
+        assert waiting.status == 200
+        assert waiting.take(1)[0].data == "one"
+        gate.open()
+        assert waiting.take(1)[0].data == "two"
+        assert waiting.headers["relay-run"] == first.header("relay-run")
+    assert upstream.calls(f"/{name}") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "content_type", "body", "outcome", "texts"),
+    [
+        ("200 OK", "application/json", b'{"a": 1}', ("completed", "upstream_end"), ['{"a": 1}']),
+        ("201 Created", "text/plain", "\u00fc".encode(), ("completed", "upstream_end"), ["\u00fc"]),
+        ("200 OK", "image/png", b"\x89PNG", ("failed", "upstream_error"), []),
+        ("200 OK", "text/plain", b"x" * (1024 * 1024 + 1), ("failed", "upstream_error"), []),
+        ("429 Too Many", "application/json", b'{"error": "slow down"}', ("failed", "upstream_error"), []),
+        ("500 Oops", "text/event-stream", b"data: x\n\n", ("failed", "upstream_error"), []),
+        ("401 No", "text/plain", b"", ("failed", "upstream_error"), []),
+        ("307 Elsewhere", "text/plain", b"", ("failed", "upstream_error"), []),
+        ("500 Oops", "text/plain", b"y" * 100_000, ("failed", "upstream_error"), []),
+    ],
+)
+def test_p3_an_answer_that_is_no_stream_becomes_one_frame_or_the_runs_error(
+    relay: RelayProcess,
+    upstream: ScriptedUpstream,
+    name: str,
+    status: str,
+    content_type: str,
+    body: bytes,
+    outcome: tuple[str, str],
+    texts: list[str],
+) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(status, body, content_type)
+
+    upstream.on(f"/{name}", handler)
+    assert ask(relay, "POST", f"/{name}", f"Relay-Stream: {name}", "Prefer: respond-async").status == 202
+    record = whole_run(relay, name)
+    assert (record.outcome, record.texts) == (outcome, texts)
+    if outcome[0] == "failed":
+        assert status[:3] in record.ended["error"]
+        assert len(record.ended["error"].encode()) <= 4096
+        if content_type == "application/json":
+            assert "slow down" in record.ended["error"]
+
+
+def test_p3_an_async_run_whose_upstream_cannot_be_reached_or_is_too_slow_fails(
+    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str
+) -> None:
+    async def silent(exchange: Exchange) -> None:
+        await exchange.closed()
+
+    async def gone(exchange: Exchange) -> None:
+        exchange.writer.close()
+
+    upstream.on(f"/{name}/slow", silent)
+    upstream.on(f"/{name}/gone", gone)
+    with RelayProcess.start(
+        journal=fresh_journal(), upstream=upstream.url, upstream_header_timeout_s=0.3
+    ) as relay:
+        for path in ("slow", "gone"):
+            stream = f"{name}-{path}"
+            answer = ask(
+                relay, "POST", f"/{name}/{path}", "Prefer: respond-async", f"Relay-Stream: {stream}",
+                f"Idempotency-Key: {name}", body=b"{}",
+            )  # fmt: skip
+            assert answer.status == 202
+            reason = "upstream_timeout" if path == "slow" else "upstream_error"
+            assert whole_run(relay, stream).outcome == ("failed", reason)
+            joined = ask(
+                relay, "POST", f"/{name}/{path}", f"Relay-Stream: {stream}", f"Idempotency-Key: {name}",
+                body=b"{}",
+            )  # fmt: skip
+            assert (joined.status, joined.problem["code"]) == (502, "upstream_error")
+            assert upstream.calls(f"/{name}/{path}") == 1
+
+
+def test_p7_a_cancel_before_upstreams_head_aborts_the_call(
+    relay: RelayProcess, another: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    gate, closed = upstream.gate(), threading.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        gate.arrived.release()
+        await exchange.closed()
+        closed.set()
+
+    upstream.on(f"/{name}", handler)
+    ask(relay, "POST", f"/{name}", f"Relay-Stream: {name}", "Prefer: respond-async", body=b"{}")
+    gate.await_arrival()
+    assert ask(another, "POST", f"/relay/v1/streams/{name}/cancel").status == 200
+    assert closed.wait(60)
+    record = whole_run(relay, name)
+    assert (record.outcome, record.texts) == (("cancelled", "client_cancel"), [])
+
+
+def test_a_body_too_large_to_be_kept_is_not_answered_before_it_is_sent(
+    small: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    answer = ask(small, "POST", f"/{name}", "Prefer: respond-async", body=b"x" * 1001)
+    assert (answer.status, answer.problem["code"]) == (413, "body_too_large")
+    assert upstream.calls(f"/{name}") == 0
+
+
+def test_a_run_that_relay_is_asked_to_call_upstream_for(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    upstream.on_stream(f"/{name}", [b"data: one\n\n"])
+    called = {
+        "method": "PUT",
+        "path": f"/{name}?q=%20",
+        "headers": {"X-Mine": "1", "Relay-Stream": "other", "Connection": "x-drop", "X-Drop": "1"},
+        "body": {"a": ["\u00fc"]},
+    }
+    document = {"run": "mine", "metadata": {"user": 1}, "upstream": called}
+    answer = ask(
+        relay, "POST", f"/relay/v1/streams/{name}/runs", "Content-Type: application/json",
+        body=json.dumps(document).encode(),
+    )  # fmt: skip
+    assert answer.status == 202
+    assert whole_run(relay, name, "mine").texts == ["one"]
+    received = upstream.received[-1]
+    assert (received.method, received.target) == ("PUT", f"/{name}?q=%20")
+    assert received.body == '{"a":["\u00fc"]}'.encode()
+    names = {key for key, _ in received.headers}
+    assert names == {"host", "x-mine", "content-type", "content-length", "accept-encoding"}
