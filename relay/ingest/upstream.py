@@ -111,7 +111,7 @@ def upstream_request(document: Any) -> UpstreamRequest:
     segments = unquote(unquote(target.partition("?")[0])).replace("\\", "/").split("/")
     if any(segment.partition(";")[0] in (".", "..") for segment in segments):
         raise InvalidParameter("An upstream's path cannot hold . and .. as segments.")
-    headers = _request_headers(document.get("headers") or {})
+    headers = _request_headers(document.get("headers", {}))
     if body is None:
         return UpstreamRequest(method, target, headers, None)
     if isinstance(body, str):

@@ -4,6 +4,7 @@ import gzip
 import random
 import socket
 import zlib
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,8 +13,15 @@ from raw_client import RawClient
 from relay_process import RelayProcess
 from scripted_upstream import Exchange, ScriptedUpstream
 
-from relay.errors import StartupError
-from relay.ingest.upstream import READ_MAX_BYTES, Inflater, TruncatedBody, Upstream, end_to_end
+from relay.errors import InvalidParameter, StartupError
+from relay.ingest.upstream import (
+    READ_MAX_BYTES,
+    Inflater,
+    TruncatedBody,
+    Upstream,
+    end_to_end,
+    upstream_request,
+)
 from relay.settings import Settings
 
 
@@ -167,3 +175,79 @@ def test_a_slow_upload_does_not_use_up_upstreams_time(
             assert (refused.status, refused.problem["code"]) == (504, "upstream_timeout")
         slow.send(b"b")
         assert slow.answer().body == b"ab"
+
+
+# --- requests of relay's own --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("document", "request_"),
+    [
+        ({"path": "/a"}, ("GET", "/a", [], None)),
+        ({"path": "/a", "body": None}, ("GET", "/a", [], None)),
+        ({"path": "/a?x=%2F..", "body": "text"}, ("POST", "/a?x=%2F..", [], b"text")),
+        (
+            {"path": "/a", "body": {"b": 1}},
+            ("POST", "/a", [(b"content-type", b"application/json")], b'{"b":1}'),
+        ),
+        (
+            {"method": "PATCH", "path": "//a/...", "headers": {"Content-Type": "a/b"}, "body": []},
+            ("PATCH", "//a/...", [(b"content-type", b"a/b")], b"[]"),
+        ),
+        (
+            {
+                "path": "/",
+                "headers": {
+                    "Host": "h", "Connection": "x-a", "X-A": "1", "Relay-If-Busy": "reject", "TE": "trailers",
+                    "Content-Length": "9", "X-B": " b\u00fc ",
+                },
+            },
+            ("GET", "/", [(b"x-b", "b\u00fc".encode())], None),
+        ),
+    ],
+)  # fmt: skip
+def test_a_request_of_relays_own_is_read(document: Any, request_: tuple[Any, ...]) -> None:
+    assert tuple(upstream_request(document)) == request_
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        None,
+        [],
+        "/a",
+        {},
+        {"path": 1},
+        {"path": ""},
+        {"path": "a"},
+        {"path": "http://elsewhere.test/"},
+        {"path": "/a b"},
+        {"path": "/a#b"},
+        {"path": "/a\\b"},
+        {"path": "/a\r\nX: 1"},
+        {"path": "/caf\u00e9"},
+        {"path": "/.."},
+        {"path": "/a/../../b"},
+        {"path": "/a/./b"},
+        {"path": "/a/%2e%2E/b"},
+        {"path": "/a%2f..%2fb"},
+        {"path": "/a/%252e%252e/b"},
+        {"path": "/a/..;x=1/b"},
+        {"path": "/a%5c..%5cb"},
+        {"path": "/a", "method": ""},
+        {"path": "/a", "method": "post it"},
+        {"path": "/a", "method": "CONNECT"},
+        {"path": "/a", "method": "HEAD"},
+        {"path": "/a", "method": 1},
+        {"path": "/a", "headers": []},
+        {"path": "/a", "headers": {"a": 1}},
+        {"path": "/a", "headers": {"a b": "c"}},
+        {"path": "/a", "headers": {"": "c"}},
+        {"path": "/a", "headers": {"a": "b\r\nc: d"}},
+        {"path": "/a", "headers": {"caf\u00e9": "b"}},
+        {"path": "/a", "url": "http://elsewhere.test/"},
+    ],
+)
+def test_a_request_that_could_reach_anything_but_upstream_is_refused(document: Any) -> None:
+    with pytest.raises(InvalidParameter):
+        upstream_request(document)
