@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
@@ -102,7 +103,11 @@ def ls(url: str) -> None:
 
 @cli.command()
 @click.argument("stream")
-@click.option("--run", default=None, help="Name of the run; relay push can be repeated under it.")
+@click.option(
+    "--run",
+    default=None,
+    help="Name of the run; the same lines can be pushed again under it, and are journaled once.",
+)
 @click.option(
     "--format",
     "form",
@@ -126,7 +131,11 @@ def push(stream: str, form: str, event: str, metadata: str | None, url: str, **o
         except orjson.JSONDecodeError as error:
             raise click.BadParameter(f"not JSON: {error}", param_hint="--metadata") from None
     options = PushOptions(form, event, given)
-    _run(push_run(url, stream, sys.stdin.buffer, options, partial(click.echo, err=True)))
+    if sys.stdin is None:
+        raise click.UsageError("standard input is closed")
+    # Not through sys.stdin: a thread that waits for input would hold its lock, which aborts our exit.
+    read = partial(os.read, sys.stdin.fileno())
+    _run(push_run(url, stream, read, options, partial(click.echo, err=True)))
 
 
 @cli.command()

@@ -9,7 +9,7 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote
 
 import aiohttp
@@ -33,7 +33,11 @@ HEARTBEAT_S = 20
 
 BATCH_MAX_FRAMES = 1000
 BATCH_MAX_BYTES = 1024 * 1024
+LINE_MAX_BYTES = 8 * 1024 * 1024
 READ_BYTES = 64 * 1024
+
+_ANSWERED = aiohttp.ClientTimeout(total=120)
+"""Longest wait for one answer: relay itself waits so long for a journal that is away, and less."""
 
 
 class Refused(RelayError):
@@ -138,8 +142,8 @@ async def cancel_run(url: str, stream: str, run: str | None, echo: Callable[[str
 
 @dataclass(frozen=True)
 class PushOptions:
-    """How standard input becomes a run. `form` is `lines`, `text` (as it comes) or `ndjson` (objects with
-    `data` and perhaps `event`); `event` names the events of the first two."""
+    """How input becomes a run. `form` is `lines`, `text` (as it comes) or `ndjson` (objects with `data` and
+    perhaps `event`); `event` names the events of the first two. `opening` is what is asked of the run."""
 
     form: str
     event: str
@@ -147,32 +151,46 @@ class PushOptions:
 
 
 async def push_run(
-    url: str, stream: str, source: BinaryIO, options: PushOptions, echo: Callable[[str], Any]
+    url: str,
+    stream: str,
+    read: Callable[[int], bytes],
+    options: PushOptions,
+    echo: Callable[[str], Any],
 ) -> None:
-    """Make one run of everything that `source` gives until its end, and complete it. Frames are numbered, so
-    that requests are made again until relay has taken them. Raises `Refused` when relay does not take the run
-    or ends it; a run that breaks off here ends `failed`."""
+    """Make one run of everything that `read` gives until it gives nothing, and complete it. Frames are
+    numbered, so that requests are made again until relay has taken them, and a run that has a name can be
+    pushed again from the beginning. Raises `Refused` when relay does not take the run or ends it; a run that
+    breaks off here ends `failed`."""
     check_stream_name(stream)
     async with _session() as session:
         producer = _Producer(session, url, stream, options)
         await producer.open()
         echo(producer.run)
+        if producer.completed:
+            return
         watching = asyncio.create_task(producer.watch())
-        pushing = asyncio.create_task(producer.push(_events(source, options)))
+        pushing = asyncio.create_task(producer.push(_events(read, options)))
         try:
             await asyncio.wait((watching, pushing), return_when=asyncio.FIRST_COMPLETED)
-            if not pushing.done():
+            if watching.done():
                 watching.result()  # raises: the run is over, or cannot be reached
             await pushing
-        except Refused:
-            raise
-        except BaseException:
-            with contextlib.suppress(RelayError):
-                await producer.fail("relay push was interrupted")
+        except BaseException as error:
+            await _cancelled(watching, pushing)
+            if not isinstance(error, _Over):
+                broken_off = isinstance(error, asyncio.CancelledError)
+                await producer.fail("relay push was interrupted." if broken_off else str(error))
             raise
         finally:
-            watching.cancel()
-            pushing.cancel()
+            await _cancelled(watching, pushing)
+
+
+class _Over(Refused):
+    """The run is over, or another producer's."""
+
+
+class _NotNow(Refused):
+    """A refusal that time may change."""
 
 
 class _Producer:
@@ -180,19 +198,29 @@ class _Producer:
 
     def __init__(self, session: aiohttp.ClientSession, url: str, stream: str, options: PushOptions) -> None:
         self.run = options.opening.get("run") or secrets.token_hex(12)
+        self.completed = False
         self._session = session
         self._url = url
         self._runs = f"{_stream_route(url, stream)}/runs"
+        self._run = f"{self._runs}/{quote(self.run, safe='')}"
         self._options = options
         self._writer = ""
         self._next_seq = 1
 
     async def open(self) -> None:
-        """Open the run; the name that we choose makes it safe to ask twice."""
+        """Open the run. One that is there already gets from us what it does not have; one that has completed
+        has everything."""
         opened = await self._post(self._runs, {}, json=self._options.opening | {"run": self.run})
         if "writer" not in opened:
-            raise Refused(f"The run {self.run!r} has ended: {opened['status']}, {opened['reason']}.")
-        self._writer, self._next_seq = opened["writer"], opened["next_seq"]
+            self.completed = opened["status"] == "completed"
+            if not self.completed:
+                raise self._over(opened)
+            return
+        self._writer = opened["writer"]
+        if self._options.form == "text" and opened["next_seq"] > 1:
+            error = "A run of text cannot be pushed again: its pieces are not the same each time."
+            await self.fail(error)
+            raise Refused(error)
 
     async def push(self, batches: AsyncIterator[list[dict[str, Any]]]) -> None:
         """Append every batch, then complete the run."""
@@ -203,22 +231,22 @@ class _Producer:
     async def watch(self) -> None:
         """Keep the run from its idle timeout; raises `Refused` when it is over."""
         while True:
-            state = await self._post(f"{self._runs}/{self.run}/heartbeat", {"wait": str(HEARTBEAT_S)})
+            state = await self._post(f"{self._run}/heartbeat", {"wait": str(HEARTBEAT_S)})
             if state["status"] == "completed":
                 return
             if state["status"] != "open":
-                raise Refused(f"The run {self.run!r} has ended: {state['status']}, {state['reason']}.")
+                raise self._over(state)
 
     async def fail(self, error: str) -> None:
         """End the run as one that its producer broke off. Asked once."""
         body = {"status": "failed", "error": error}
-        with contextlib.suppress(aiohttp.ClientError, OSError):
-            await self._post_once(f"{self._runs}/{self.run}/end", {}, json=body)
+        with contextlib.suppress(aiohttp.ClientError, OSError, Refused):
+            await self._post_once(f"{self._run}/end", {}, json=body)
 
     async def _append(self, frames: list[dict[str, Any]], params: dict[str, str]) -> None:
         headers = {"Relay-Seq": str(self._next_seq)}
-        answer = await self._post(f"{self._runs}/{self.run}/frames", params, json=frames, headers=headers)
-        self._next_seq = answer["next_seq"]
+        await self._post(f"{self._run}/frames", params, json=frames, headers=headers)
+        self._next_seq += len(frames)
 
     async def _post(self, route: str, params: dict[str, str], **request: Any) -> Any:
         """Ask until there is an answer."""
@@ -235,34 +263,71 @@ class _Producer:
             pause_s = min(pause_s * 2, RETRY_MAX_S)
 
     async def _post_once(self, route: str, params: dict[str, str], **request: Any) -> Any:
-        headers = {"Relay-Writer": self._writer} | request.pop("headers", {})
-        async with self._session.post(route, params=params, headers=headers, **request) as response:
-            if response.status == 503:
-                raise _NotNow("relay does not take the run now.")
-            await _raise_for(response)
+        headers = ({"Relay-Writer": self._writer} if self._writer else {}) | request.pop("headers", {})
+        async with self._session.post(
+            route, params=params, headers=headers, timeout=_ANSWERED, **request
+        ) as response:
+            try:
+                await _raise_for(response)
+            except Refused as refused:
+                if response.status == 503:
+                    raise _NotNow(refused.detail) from None
+                problem = refused.extra
+                if problem.get("code") == "run_ended":
+                    raise self._over({"status": problem["run_status"], "reason": problem["reason"]}) from None
+                if problem.get("code") in ("fenced", "unknown_run", "unknown_stream"):
+                    raise _Over(refused.detail) from None
+                raise
             return await response.json(loads=orjson.loads)
 
+    def _over(self, state: dict[str, Any]) -> _Over:
+        return _Over(f"The run {self.run!r} has ended: {state['status']}, {state['reason']}.")
 
-class _NotNow(Refused):
-    """A refusal that time may change."""
+
+async def _cancelled(*tasks: asyncio.Task[None]) -> None:
+    """Cancel tasks and wait until they are."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _events(source: BinaryIO, options: PushOptions) -> AsyncIterator[list[dict[str, Any]]]:
-    """What a source gives, as batches of events: everything that is there, as soon as it is there."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    partial = ""
-    async for data in _chunks(source):
-        text = decoder.decode(data, final=not data)
-        if options.form == "text":
-            texts = [text] if text else []
-        else:
-            *texts, partial = (partial + text).split("\n")
-            if not data and partial:
-                texts.append(partial)
-            texts = [line.removesuffix("\r") for line in texts]
-        events = [_event(text, options) for text in texts if text.strip() or options.form == "lines"]
-        for batch in _batches(events):
+async def _events(read: Callable[[int], bytes], options: PushOptions) -> AsyncIterator[list[dict[str, Any]]]:
+    """What is read, as batches of events: everything that is there, as soon as it is there."""
+    cut = _pieces if options.form == "text" else _lines_of
+    async for texts in cut(_chunks(read)):
+        if options.form == "ndjson":
+            texts = [text for text in texts if text.strip()]
+        for batch in _batches([_event(text, options) for text in texts]):
             yield batch
+
+
+async def _pieces(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[str]]:
+    """Text as it comes, whole characters at a time."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    async for data in chunks:
+        if text := decoder.decode(data):
+            yield [text]
+    if text := decoder.decode(b"", final=True):
+        yield [text]
+
+
+async def _lines_of(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[str]]:
+    """Lines, without LF or CRLF; the last one needs no end."""
+    partial = bytearray()
+    async for data in chunks:
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = bytes(partial) + lines[0]
+            partial.clear()
+        partial += rest
+        yield [_line(line) for line in lines]
+        if len(partial) > LINE_MAX_BYTES:
+            raise Refused(f"A line is longer than {LINE_MAX_BYTES} bytes.")
+    yield [_line(bytes(partial))] if partial else []
+
+
+def _line(line: bytes) -> str:
+    return line.removesuffix(b"\r").decode(errors="replace")
 
 
 def _event(text: str, options: PushOptions) -> dict[str, Any]:
@@ -289,24 +354,35 @@ def _batches(events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return batches
 
 
-async def _chunks(source: BinaryIO) -> AsyncIterator[bytes]:
-    """What a source gives, read by a thread of its own no faster than it is taken; empty at the end."""
+async def _chunks(read: Callable[[int], bytes]) -> AsyncIterator[bytes]:
+    """What is read until nothing comes, by a thread that reads one chunk ahead. Raises `Refused`."""
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[bytes] = asyncio.Queue(1)
+    queue: asyncio.Queue[bytes | OSError] = asyncio.Queue()
+    room = threading.Semaphore()
 
-    def read() -> None:
-        data = b" "
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody wants it any more
-            while data:
-                data = source.read1(READ_BYTES)  # type: ignore[attr-defined]
-                asyncio.run_coroutine_threadsafe(queue.put(data), loop).result()
+    def read_all() -> None:
+        data: bytes | OSError = b" "
+        while isinstance(data, bytes) and data:
+            room.acquire()
+            try:
+                data = read(READ_BYTES)
+            except OSError as error:
+                data = error
+            try:
+                loop.call_soon_threadsafe(queue.put_nowait, data)
+            except RuntimeError:
+                return  # the loop is closed: nobody wants it any more
 
-    threading.Thread(target=read, name="relay-push-stdin", daemon=True).start()
+    # A daemon: it may wait for input for ever.
+    threading.Thread(target=read_all, name="relay-push-input", daemon=True).start()
     while True:
         data = await queue.get()
-        yield data
+        if isinstance(data, OSError):
+            raise Refused(f"The input cannot be read: {data.strerror or data}.")
         if not data:
             return
+        room.release()
+        yield data
 
 
 def _stream_route(url: str, stream: str) -> str:
@@ -364,6 +440,8 @@ async def _raise_for(response: aiohttp.ClientResponse) -> None:
     body = await response.read()
     try:
         problem = orjson.loads(body)
-        raise Refused(f"{problem['title']}. {problem.get('detail', '')}".strip())
+        said = f"{problem['title']}. {problem.get('detail', '')}".strip()
+        codes = {name: problem[name] for name in ("code", "run_status", "reason") if name in problem}
+        raise Refused(said, **codes)
     except (orjson.JSONDecodeError, KeyError, TypeError):
         raise Refused(f"The answer was {response.status} and not one of relay's.") from None

@@ -282,7 +282,7 @@ class FrameRoutes:
                 hear_at = min(deadline, tails.now() + idle_timeout_s / 3) if idle_timeout_s else deadline
                 while await news.wait(hear_at - tails.now()):
                     news.listen()
-                    if tail.run_is_open(run) is False:
+                    if tail.deleted or tail.run_is_open(run) is False:
                         break
                 if connection.lost:
                     raise ClientGone

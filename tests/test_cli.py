@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from producing import Producer
 from reading import Reading
 from redis_server import RedisServer
 from relay_process import RelayProcess
+from run_record import whole_run
 from scripted_upstream import ScriptedUpstream
 
 from relay.cli import cli, open_journal
@@ -27,13 +30,29 @@ from relay.settings import Settings
 DEADLINE_S = 60
 
 
-def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, cwd: Path, given: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """The command to its end, without what the caller's environment says of relay."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RELAY_")}
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "relay", *arguments],
-        cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=DEADLINE_S,
+        cwd=cwd, env=kept | environment, input=given, capture_output=True, text=True, timeout=DEADLINE_S,
     )  # fmt: skip
+
+
+def pushing(relay: RelayProcess, stream: str, first: str) -> subprocess.Popen[str]:
+    """`relay push` that has pushed a first line and waits for more."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "relay", "push", stream, "--url", relay.url],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(first + "\n")
+    process.stdin.flush()
+    with Reading(f"{relay.url}/relay/v1/streams/{stream}/events?wait=60&control=none") as reading:
+        assert reading.take(1)[0].data == first
+    return process
 
 
 def refusal(*arguments: str, cwd: Path, **environment: str) -> str:
@@ -205,3 +224,83 @@ def test_tail_and_ls_speak_to_a_running_relay(
         outcome = run(*command, cwd=tmp_path, RELAY_URL=relay.url)
         assert outcome.returncode == 1
         assert re.fullmatch(r"relay: (Unknown stream|Nothing answers).*\n", outcome.stderr)
+
+
+def test_push_makes_a_run_of_standard_input_and_says_its_name(
+    relay: RelayProcess, name: str, tmp_path: Path
+) -> None:
+    outcome = run("push", name, "--event", "say", "--url", relay.url, cwd=tmp_path, given="one\ntwo\n")
+    assert (outcome.returncode, outcome.stdout) == (0, "")
+    first = outcome.stderr.strip()
+    record = whole_run(relay, name)
+    assert record.ended["run"] == first
+    assert [(frame.event, frame.data) for frame in record.frames] == [("say", "one"), ("say", "two")]
+    options = ("--supersedes", "latest", "--format", "text", "--run", "mine", "--metadata", '{"a": 1}')
+    outcome = run("push", name, *options, cwd=tmp_path, given="three\n", RELAY_URL=relay.url)
+    assert (outcome.returncode, outcome.stderr) == (0, "mine\n")
+    assert whole_run(relay, name).texts == ["three\n"]
+    outcome = run("inspect", name, "mine", "--transcript", cwd=tmp_path, RELAY_URL=relay.url)
+    assert (outcome.returncode, json.loads(outcome.stdout)["text"]) == (0, "three\n")
+    outcome = run("inspect", name, "--url", relay.url, cwd=tmp_path)
+    runs = json.loads(outcome.stdout)["runs"]
+    assert [(each["run"], each["superseded_by"], each["metadata"]) for each in runs] == [
+        (first, "mine", None),
+        ("mine", None, {"a": 1}),
+    ]
+
+
+def test_p7_a_push_that_waits_for_input_exits_when_it_is_cancelled_elsewhere(
+    relay: RelayProcess, name: str, tmp_path: Path
+) -> None:
+    process = pushing(relay, name, "one")
+    outcome = run("cancel", name, "--url", relay.url, cwd=tmp_path)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert re.fullmatch(r"\w+\tcancelled\tclient_cancel\n", outcome.stdout)
+    assert process.wait(DEADLINE_S) == 1
+    _, said = process.communicate()
+    assert re.fullmatch(r"(\w+)\nrelay: The run '\1' has ended: cancelled, client_cancel\.\n", said)
+    assert whole_run(relay, name).texts == ["one"]
+    outcome = run("cancel", name, "--url", relay.url, cwd=tmp_path)
+    assert (outcome.returncode, outcome.stdout) == (0, "no run is open\n")
+
+
+def test_p3_a_push_that_is_interrupted_fails_its_run(relay: RelayProcess, name: str) -> None:
+    process = pushing(relay, name, "one")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE_S) == 130
+    _, said = process.communicate()
+    assert re.fullmatch(r"\w+\n", said)
+    record = whole_run(relay, name)
+    assert record.outcome == ("failed", "producer_failed")
+    assert record.ended["error"] == "relay push was interrupted."
+    assert record.texts == ["one"]
+
+
+def test_commands_that_cannot_be_done_say_why(relay: RelayProcess, name: str, tmp_path: Path) -> None:
+    opened = Producer(relay, name)
+    outcome = run("push", name, "--if-busy", "reject", cwd=tmp_path, given="", RELAY_URL=relay.url)
+    assert (outcome.returncode, outcome.stderr) == (
+        1,
+        "relay: Stream has an open run. The stream has an open run.\n",
+    )
+    outcome = run("cancel", name, "nobody", cwd=tmp_path, RELAY_URL=relay.url)
+    assert (outcome.returncode, outcome.stdout) == (1, "")
+    assert re.fullmatch(r"relay: Unknown run\..*\n", outcome.stderr)
+    assert relay.json(f"/relay/v1/streams/{name}")["open_runs"] == [opened.run]
+
+
+def test_wrong_options_of_push_and_inspect_are_said_before_relay_is_asked(tmp_path: Path) -> None:
+    for command, said in (
+        (("push", "s", "--metadata", "{"), "--metadata"),
+        (("push", "s", "--format", "xml"), "--format"),
+        (("inspect", "s", "--transcript"), "--transcript needs a run"),
+    ):
+        outcome = CliRunner().invoke(cli, [*command, "--url", "http://127.0.0.1:1"])
+        assert outcome.exit_code == 2
+        assert said in outcome.output
+    closed = subprocess.run(
+        [sys.executable, "-m", "relay", "push", "s", "--url", "http://127.0.0.1:1"],
+        preexec_fn=lambda: os.close(0), capture_output=True, text=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert closed.returncode == 2
+    assert "standard input is closed" in closed.stderr
