@@ -290,6 +290,27 @@ async def test_superseding_that_fails_alone_leaves_the_superseded_to_go_on(path:
 
 
 @on_a_loop
+async def test_frames_of_others_are_counted_past_every_kind_of_ending(path: Path) -> None:
+    """Errors said in an ending, and the news of a successor, are frames of the run that they are about."""
+    journal = await started(path)
+    given = {"answer": "200", "dialect": "openai-chat"}
+    said = Event("", b"broke off")
+    await journal.open_run(opening(run="other"))
+    await journal.open_run(opening(run="r1", **given))
+    await journal.append(batch(1, b"x", run="r1", ending=ending(Reason.UPSTREAM_ERROR), error_event=said))
+    await journal.open_run(opening(run="r2", **given))
+    await journal.end_run("s", "r2", ending(Reason.CLIENT_CANCEL), {"openai-chat": said})
+    await journal.open_run(opening(run="r3", **given))
+    superseding = {"supersedes": ["r3"], "error_events": {"openai-chat": said}}
+    assert (await journal.open_run(opening(run="r4", **given, **superseding))).frames_after == 0
+    await journal.append(batch(1, b"a", b"b", run="other"))
+    opened = await journal.open_run(opening(run="r5", supersedes=["r1", "r2", "r3", "r4"]))
+    assert (opened.frames_after, opened.runs_after) == (2, ("other",))
+    assert await journal.open_run(opening(run="r5")) == opened
+    await journal.close()
+
+
+@on_a_loop
 async def test_only_the_owner_of_a_run_is_told_that_it_is_over(path: Path) -> None:
     me = Me()
     journal = SqliteJournal(path)
@@ -509,17 +530,19 @@ TABLES = ("streams", "stream_texts", "runs", "run_texts", "frames", "tombstones"
 
 
 def any_operation(dice: random.Random, journal: SqliteJournal) -> Awaitable[Any]:
-    stream, run = dice.choice(("s1", "s2")), dice.choice(("r1", "r2", "r3", "r4"))
-    writer = dice.choice(("w", "w", "w", "w2"))
+    stream, run = dice.choice(("s1", "s2")), dice.choice(("r1", "r2", "r3", "r4", "r5"))
+    writer = "w" if dice.random() < 0.9 else "w2"
     how = ending(dice.choice((Reason.PRODUCER_END, Reason.CLIENT_CANCEL, Reason.IDLE_TIMEOUT)))
     seq = dice.randrange(1, 5)
     if dice.random() < 0.5:
         events = [Event("delta", bytes([97 + n]) * dice.randrange(9)) for n in range(dice.randrange(4))]
         said = Event("", b"broke off") if dice.random() < 0.5 else None
-        closing = {"ending": how, "error_event": said} if dice.random() < 0.2 else {}
+        closing = {"ending": how, "error_event": said} if dice.random() < 0.1 else {}
         texts = {"dialect": dice.choice(("", "raw", "openai-chat")), "answer": dice.choice(("", "200"))}
-        batch = Append(stream, run, writer, dice.randrange(6), events, len(events), **texts, **closing)
-        if dice.random() < 0.2:
+        batch = Append(
+            stream, run, writer, dice.choice((0, 0, 0, 0, seq)), events, len(events), **texts, **closing
+        )
+        if dice.random() < 0.05:
             batch = replace(batch, acknowledged=Cursor(dice.randrange(20), NOON))
         return journal.append(batch)
     given: dict[str, Any] = {
@@ -528,8 +551,8 @@ def any_operation(dice: random.Random, journal: SqliteJournal) -> Awaitable[Any]
         "owner": dice.choice(("", "me", "another")),
         "idle_timeout_s": dice.choice((0, 0.1)),
         "max_run_s": dice.choice((0, 0.3)),
-        "supersedes": dice.choice(([], ["latest"], ["r1", "r3"])),
-        "if_busy": dice.choice(("allow", "allow", "reject", "supersede")),
+        "supersedes": dice.choice(([], [], ["latest"], ["r1", "r3"])),
+        "if_busy": dice.choice(("allow",) * 6 + ("reject", "supersede")),
         "deliver": dice.random() < 0.5,
         "seal": dice.random() < 0.02,
         "answer": dice.choice(("", "200")),
@@ -542,13 +565,11 @@ def any_operation(dice: random.Random, journal: SqliteJournal) -> Awaitable[Any]
     held = Held(Cursor(dice.randrange(1, 20), NOON + dice.randrange(3000)), seq - 1, [Event("", b"back")], 4)
     return dice.choice(
         (
-            lambda: journal.open_run(open_run),
-            lambda: journal.open_run(open_run),
-            lambda: journal.open_run(open_run),
+            *[lambda: journal.open_run(open_run)] * 5,
             lambda: journal.put_stream(stream, Retention(0, 0, 0), change),
             lambda: journal.trim(stream, seq),
             lambda: journal.seal(stream) if dice.random() < 0.1 else journal.trim(stream, 2),
-            lambda: journal.delete(stream),
+            lambda: journal.delete(stream) if dice.random() < 0.5 else journal.trim(stream, 2),
             lambda: journal.restore(open_run, held),
             lambda: journal.take_over(stream, run, writer, dice.choice((0, 0.2))),
             lambda: journal.hear_of(stream, run, writer),
@@ -578,7 +599,7 @@ async def test_what_is_cached_changes_no_answer(
         journal.watch("s1")
         journal.watch("s2")
         answers: list[Any] = []
-        for _ in range(400):
+        for _ in range(1500):
             operation = any_operation(dice, journal)
             try:
                 answers.append(await operation)
