@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Self
@@ -72,6 +73,17 @@ class RedisServer:
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
+    def replicate(self, primary: RedisServer) -> None:
+        """Become a replica, and wait until in sync."""
+        with self.client() as client:
+            client.replicaof("127.0.0.1", str(primary.port))
+            _until(lambda: client.info("replication").get("master_link_status") == "up", "replica is in sync")
+
+    def promote(self) -> None:
+        """Be a primary with what was replicated so far."""
+        with self.client() as client:
+            client.replicaof("NO", "ONE")
+
     def stop(self) -> None:
         """Shut down and remove what it kept."""
         if self._process is not None:
@@ -90,21 +102,14 @@ class RedisServer:
         self._launch()
 
     def _launch(self) -> None:
-        command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += [
-            "--dir",
-            str(self._directory),
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            "--logfile",
-            str(self._directory / "redis.log"),
-        ]
-        self._process = subprocess.Popen(
-            [*command, *self._extra_args], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-        )
+        self._process = subprocess.Popen(self._command(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         self._await_ready()
+
+    def _command(self) -> list[str]:
+        command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1"]
+        command += ["--dir", str(self._directory), "--logfile", str(self._directory / "redis.log")]
+        command += ["--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0"]
+        return [*command, *self._extra_args]
 
     def _await_ready(self) -> None:
         assert self._process is not None
@@ -137,3 +142,39 @@ class RedisServer:
             self._process.kill()
             self._process.wait(STOP_DEADLINE_S)
         self._process = None
+
+
+class RedisSentinel(RedisServer):
+    """A sentinel that alone watches a primary, as service `main`, and fails over after half a second."""
+
+    @classmethod
+    def watching(cls, primary: RedisServer, *, replicas: int) -> Self:
+        """Start one, and wait until it knows so many replicas."""
+        sentinel = cls.start(
+            f"sentinel monitor main 127.0.0.1 {primary.port} 1",
+            "sentinel down-after-milliseconds main 500",
+            "sentinel failover-timeout main 3000",
+        )
+        with sentinel.client() as client:
+            _until(
+                lambda: _healthy(client.sentinel_slaves("main")) == replicas, "the sentinel knows replicas"
+            )
+        return sentinel
+
+    def _command(self) -> list[str]:
+        config = self._directory / "sentinel.conf"  # it keeps there what it learns
+        if not config.exists():
+            config.write_text("\n".join(self._extra_args))
+        command = [self._binary, str(config), "--sentinel", "--port", str(self.port), "--bind", "127.0.0.1"]
+        return [*command, "--dir", str(self._directory), "--logfile", str(self._directory / "redis.log")]
+
+
+def _healthy(replicas: list[dict[str, object]]) -> int:
+    return sum(replica["flags"] == "slave" for replica in replicas)
+
+
+def _until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + READY_DEADLINE_S
+    while not holds():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.01)

@@ -81,6 +81,10 @@ class TcpProxy:
             self._open.discard(end)
             _reset(end)
 
+    def lead_to(self, target_port: int) -> None:
+        """Forward new connections to another port."""
+        self._target = ("127.0.0.1", target_port)
+
     def cut_all(self) -> None:
         """Reset every open connection."""
         for end in list(self._open):

@@ -1,62 +1,23 @@
-"""What only the Redis backend has: keys, scripts, connections, and a server that can fail."""
+"""What only the Redis backend has: keys, scripts, channels, and what it asks of a server."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from collections.abc import Iterator
 
 import pytest
-import redis
+from redis_journal import Ear, batch, opened, opening, read_all
 from redis_server import RedisServer
 
 from relay.cursor import ORIGIN, Cursor
-from relay.errors import JournalRefused, JournalUnavailable, StartupError
-from relay.frame import Event, Frame, run_ended, run_started
-from relay.journal.base import Append, Page, RunOpening
+from relay.errors import StartupError
+from relay.frame import Event, run_ended, run_started
+from relay.journal.base import Append, RunOpening
 from relay.journal.redis_streams import RedisJournal, _check_server
 from relay.lifecycle import Ending, Reason, ending
 from relay.limits import Retention
-
-T = TypeVar("T")
-
-DEADLINE_S = 30.0
-
-
-class Ear:
-    """A follower that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.frames: list[tuple[str, Cursor, Sequence[Frame]]] = []
-        self.doubts: list[str] = []
-        self.deleted: list[str] = []
-        self.sealed: list[str] = []
-        self._told = asyncio.Event()
-
-    def on_frames(self, stream: str, previous: Cursor, frames: Sequence[Frame]) -> None:
-        self.frames.append((stream, previous, frames))
-        self._told.set()
-
-    def on_deleted(self, stream: str) -> None:
-        self.deleted.append(stream)
-        self._told.set()
-
-    def on_sealed(self, stream: str) -> None:
-        self.sealed.append(stream)
-        self._told.set()
-
-    def on_doubt(self, stream: str) -> None:
-        self.doubts.append(stream)
-        self._told.set()
-
-    async def until(self, heard: Callable[[], bool]) -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            while not heard():
-                self._told.clear()
-                await self._told.wait()
 
 
 @pytest.fixture
@@ -65,61 +26,6 @@ def own_server() -> Iterator[RedisServer]:
     server = RedisServer.start("--appendonly", "yes", "--appendfsync", "always")
     yield server
     server.stop()
-
-
-@asynccontextmanager
-async def opened(
-    server: RedisServer, *, db: int = 0, prefix: str = "relay", timeout_s: float = DEADLINE_S
-) -> AsyncIterator[tuple[RedisJournal, Ear]]:
-    journal, ear = RedisJournal(server.url(db), prefix=prefix, timeout_s=timeout_s), Ear()
-    await journal.start(ear)
-    try:
-        yield journal, ear
-    finally:
-        await journal.close()
-
-
-def opening(stream: str, run: str = "r1", retention: Retention | None = None) -> RunOpening:
-    return RunOpening(stream, run, f"writer-{run}", f"token-{stream}-{run}", retention or Retention())
-
-
-def batch(stream: str, seq: int, *data: bytes, run: str = "r1", end: Ending | None = None) -> Append:
-    return Append(stream, run, f"writer-{run}", seq, [Event("e", each) for each in data], ending=end)
-
-
-async def read_all(journal: RedisJournal, stream: str) -> list[Frame]:
-    frames: list[Frame] = []
-    page: Page | None = None
-    while page is None or page.more:
-        page = await journal.read(stream, frames[-1].id if frames else ORIGIN, 100, 1_000_000)
-        frames += page.frames
-    return frames
-
-
-async def persistently(operation: Callable[[], Awaitable[T]]) -> T:
-    """Repeat while the outcome is unknown, as every caller of a journal may."""
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            try:
-                return await operation()
-            except JournalUnavailable:
-                await asyncio.sleep(0)
-
-
-def state(client: redis.Redis, pattern: str = "*") -> dict[bytes, object]:
-    """Everything the keys hold."""
-    found: dict[bytes, object] = {}
-    for key in client.keys(pattern):
-        match client.type(key):
-            case b"hash":
-                found[key] = client.hgetall(key)
-            case b"zset":
-                found[key] = client.zrange(key, 0, -1, withscores=True)
-            case b"stream":
-                found[key] = client.xrange(key)
-            case _:
-                found[key] = client.get(key)
-    return found
 
 
 # Keys.
@@ -417,86 +323,6 @@ def test_connections_stay_three_with_many_streams_watched_and_appended_to(own_se
             await appends
             await ear.until(lambda: set(ear.doubts) == set(streams))
             await ear.until(lambda: sum(len(frames) for _, _, frames in ear.frames) >= 400)
-
-    asyncio.run(scenario())
-
-
-# A server that fails.
-
-
-def test_a_killed_server_costs_nothing_it_accepted_and_doubles_nothing(own_server: RedisServer) -> None:
-    async def scenario() -> None:
-        async with opened(own_server, timeout_s=2.0) as (journal, ear):
-            journal.watch("s")
-            journal.watch("t")
-            await ear.until(lambda: sorted(ear.doubts) == ["s", "t"])
-            await journal.open_run(opening("s"))
-            sent = 0
-
-            async def write() -> None:
-                nonlocal sent
-                for seq in range(1, 400):
-                    await persistently(lambda seq=seq: journal.append(batch("s", seq, f"{seq}".encode())))  # type: ignore[misc]
-                    sent = seq
-                await persistently(lambda: journal.append(batch("s", 400, end=ending(Reason.PRODUCER_END))))
-
-            writing = asyncio.create_task(write())
-            for goal in (100, 200):
-                await ear.until(lambda goal=goal: sent >= goal or len(ear.frames) >= goal)  # type: ignore[misc]
-                ear.doubts.clear()
-                await asyncio.to_thread(own_server.kill)
-                await asyncio.to_thread(own_server.restart)
-                await ear.until(lambda: sorted(ear.doubts) == ["s", "t"])
-            await asyncio.wait_for(writing, DEADLINE_S)
-            frames = await persistently(lambda: read_all(journal, "s"))
-            assert [frame.seq for frame in frames] == list(range(1, 402))
-            assert [frame.data for frame in frames[1:-1]] == [f"{seq}".encode() for seq in range(1, 400)]
-
-    asyncio.run(scenario())
-
-
-def test_a_stopped_server_is_unavailable_and_the_retry_is_journaled_once(own_server: RedisServer) -> None:
-    async def scenario() -> None:
-        async with opened(own_server, timeout_s=0.5) as (journal, _):
-            await persistently(lambda: journal.open_run(opening("s")))
-            own_server.pause()
-            for operation in (
-                journal.append(batch("s", 1, b"x")),
-                journal.read("s", ORIGIN, 10, 1000),
-                journal.tops(["s", "t"]),
-            ):
-                with pytest.raises(JournalUnavailable):
-                    await asyncio.wait_for(operation, DEADLINE_S)
-            own_server.resume()
-            await persistently(lambda: journal.append(batch("s", 1, b"x")))
-            await persistently(lambda: journal.append(batch("s", 2, b"y")))
-            frames = await persistently(lambda: read_all(journal, "s"))
-            assert [frame.data for frame in frames[1:]] == [b"x", b"y"]
-
-    asyncio.run(scenario())
-
-
-def test_a_full_server_refuses_and_nothing_is_half_written(own_server: RedisServer) -> None:
-    async def scenario() -> None:
-        async with opened(own_server) as (journal, _):
-            await journal.open_run(opening("s"))
-            await journal.append(batch("s", 1, b"x"))
-            with own_server.client() as client:
-                before = state(client, "relay:{*")
-                client.config_set("maxmemory", 1)
-                for refused in (
-                    journal.append(batch("s", 2, b"y", b"z")),
-                    journal.append(batch("s", 2, end=ending(Reason.PRODUCER_END))),
-                    journal.open_run(opening("s", "r2")),
-                    journal.open_run(opening("t")),
-                    journal.claim("k", "d", "o", 1, 1),
-                ):
-                    with pytest.raises(JournalRefused):
-                        await refused
-                assert state(client, "relay:{*") == before
-                assert len(await read_all(journal, "s")) == 2
-                client.config_set("maxmemory", 0)
-            assert (await journal.append(batch("s", 2, b"y", b"z"))).last.seq == 4
 
     asyncio.run(scenario())
 
