@@ -20,12 +20,13 @@ from relay.ingest.owned import COMPARED_EVERY, OwnedRuns
 from relay.ingest.proxy import Call, Proxy, RunAnswer
 from relay.ingest.upstream import Upstream
 from relay.ingest.writer import RunWriter
-from relay.journal.base import Retention, RunOpening
+from relay.journal.base import Append, Appended, Retention, RunOpening
 from relay.journal.redis_streams import RedisJournal
 from relay.lifecycle import Ending, Reason, ending
 from relay.settings import Settings
 
 KINDS = pytest.mark.parametrize("kind", ["sqlite", "redis"])
+CHUNK = b'data: {"object":"chat.completion.chunk","choices":[{"delta":{"content":"Hi"}}]}\n\n'
 CANCELLED = ending(Reason.CLIENT_CANCEL, "Stop was pressed.")
 DEADLINE_S = 30
 
@@ -118,8 +119,8 @@ class Served:
         await self.proxy.drain()
         await self._backend.close()
 
-    async def open(self, *headers: tuple[bytes, bytes]) -> RunAnswer:
-        """A run in stream `s` of whose upstream one frame has come."""
+    async def open(self, *headers: tuple[bytes, bytes], heard: bool = True) -> RunAnswer:
+        """A run in stream `s`; when `heard`, one frame of it is journaled."""
         sent = [(b"host", b"relay"), (b"relay-stream", b"s"), *headers]
         path = f"/{self.name}"
         call = Call("GET", path, path, sent, None, "127.0.0.1", lambda: False)
@@ -127,7 +128,7 @@ class Served:
         assert isinstance(answer, RunAnswer)
         assert answer.pump is not None
         async with asyncio.timeout(DEADLINE_S):
-            while answer.pump.writer.next_seq == 1:  # noqa: ASYNC110
+            while heard and answer.pump.writer.next_seq == 1:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         return answer
 
@@ -193,6 +194,43 @@ def test_p3_a_cancel_and_a_natural_end_at_one_time_make_one_ending(
             assert len(terminals) == len(set(terminals)) == 40
             completed = [run for run in terminals if (await journal.run("s", run)).status == "completed"]
             assert ours.counted == [(run, "upstream_end") for run in completed]
+
+    asyncio.run(check())
+
+
+@KINDS
+def test_p4_a_cancel_that_comes_before_a_terminal_marker_is_journaled_wins_and_closes_upstream(
+    kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    """What upstream would still do after its last word is done for nobody."""
+
+    async def check() -> None:
+        ours, loop = Ours(), asyncio.get_running_loop()
+        async with rewinding(kind, tmp_path, redis_server, ours) as journal, elsewhere(journal) as other:
+            async with Served(ours, journal, upstream, name) as served:
+
+                async def handler(exchange: Exchange) -> None:
+                    await exchange.head()
+                    await exchange.chunk(CHUNK)
+                    await exchange.chunk(b"data: [DONE]\n\n")
+                    await exchange.closed()
+                    loop.call_soon_threadsafe(served.closed.set)
+
+                append = journal.inner.append
+
+                async def overtaken(batch: Append) -> Appended:
+                    if batch.ending is not None:
+                        assert (await other.end_run(batch.stream, batch.run, CANCELLED, {})).by_this
+                    return await append(batch)
+
+                upstream.on(f"/{name}", handler)
+                journal.inner.append = overtaken
+                run = (await served.open(heard=False)).run
+                async with asyncio.timeout(DEADLINE_S):
+                    await served.closed.wait()
+            assert (await journal.run("s", run)).status == "cancelled"
+            assert words(await journal.frames("s"), run)[-1] == "run.ended"
+            assert ours.counted == []
 
     asyncio.run(check())
 
