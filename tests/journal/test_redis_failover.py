@@ -259,8 +259,14 @@ def test_frames_that_no_replica_had_are_put_back_under_their_ids(
                 assert set(await journal.owned("me", 10)) == {("s", "r1"), ("s", "r2")}
                 assert await journal.resolve_token("token-s-r2") == ("s", "r2")
                 assert (await journal.append(batch("s", 5, b"a4", acknowledged=c))).last.seq == c.seq + 1
-                told = [frame for _, _, frames in ear.frames for frame in frames]
-                assert [frame.data for frame in told[-5:]] == [b"a1", b"a2", b"b1", b"a3", b"a4"]
+                told: list[bytes] = []
+
+                def has_told() -> bool:
+                    told[:] = [frame.data for _, _, frames in ear.frames for frame in frames]
+                    return told[-1] == b"a4"
+
+                await ear.until(has_told)
+                assert told[-5:] == [b"a1", b"a2", b"b1", b"a3", b"a4"]
 
     asyncio.run(scenario())
 
