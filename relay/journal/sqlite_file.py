@@ -167,6 +167,7 @@ class Run:
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> Run:
+        """Read a row of `RUN_COLUMNS`."""
         run = cls(*row)
         run.status = Status(run.status)
         return run
@@ -176,6 +177,7 @@ class Run:
         return Cursor(self.last_seq, self.last_ms)
 
     def idle_from(self, reachable_since_ms: int = 0) -> int:
+        """From when on it is silent."""
         return max(self.last_ms, self.heard_ms, reachable_since_ms)
 
     def when_due(self, reachable_since_ms: int = 0) -> int:
@@ -203,9 +205,11 @@ class Run:
         return (*identity, *place, *counts, *life)
 
     def progress(self) -> tuple[Any, ...]:
+        """What `UPDATE_PROGRESS` takes."""
         return (self.id, self.last_seq, self.last_ms, self.last_data, self.frames, self.text_bytes)
 
     def turns(self) -> tuple[Any, ...]:
+        """What `UPDATE_TURNS` takes."""
         state = (self.status.value, self.reason, self.error, self.dialect, self.writer)
         life = (self.owner, self.idle_ms, self.heard_ms, self.due_ms, self.superseded_by, self.extra)
         return (self.id, *state, *life, self.ended_ms, self.ended_no)
@@ -272,6 +276,7 @@ class Stream:
         return self.retention_s > 0 and self.last_ms + self.retention_s * 1000 < now_ms
 
     def changes(self) -> tuple[Any, ...]:
+        """What `UPDATE_STREAMS` takes."""
         last = (self.last_seq, self.last_ms, self.last_data)
         return (self.id, self.earliest_seq, *last, self.bytes_held, self.runs, self.latest_run)
 

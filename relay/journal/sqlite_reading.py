@@ -92,6 +92,7 @@ def _known_stream(db: sqlite3.Connection, now: int, name: str) -> Stream:
 def read_page(
     db: sqlite3.Connection, now: int, name: str, after: Cursor, max_frames: int, max_bytes: int
 ) -> Page:
+    """See `Journal.read`."""
     stream = _known_stream(db, now, name)
     anchor = db.execute(
         "SELECT ms FROM frames WHERE stream_id = ? AND seq = ?", (stream.id, after.seq)
@@ -115,6 +116,7 @@ def read_page(
 
 
 def open_runs(db: sqlite3.Connection, stream: Stream) -> list[str]:
+    """Names of the stream's open runs, oldest first."""
     rows: Iterable[tuple[str]] = db.execute(
         "SELECT name FROM runs WHERE stream_id = ? AND status = 'open' ORDER BY id", (stream.id,)
     )
@@ -132,6 +134,7 @@ def _stream_infos(db: sqlite3.Connection, where: str, values: Mapping[str, Any])
 
 
 def describe(db: sqlite3.Connection, now: int, name: str) -> StreamInfo:
+    """See `Journal.describe`."""
     found = _stream_infos(db, "name = :name", {"name": name, "now": now})
     if not found:
         raise no_stream(name)
@@ -139,6 +142,7 @@ def describe(db: sqlite3.Connection, now: int, name: str) -> StreamInfo:
 
 
 def list_streams(db: sqlite3.Connection, now: int, after: str, limit: int) -> list[StreamInfo]:
+    """See `Journal.streams`."""
     values = {"after": after, "now": now, "limit": max(0, limit)}
     return _stream_infos(db, "name > :after ORDER BY name LIMIT :limit", values)
 
@@ -154,6 +158,7 @@ def _run_info(row: Sequence[Any]) -> RunInfo:
 
 
 def read_run(db: sqlite3.Connection, now: int, stream_name: str, name: str) -> RunInfo:
+    """See `Journal.run`."""
     stream = _known_stream(db, now, stream_name)
     row = db.execute(
         f"{_SELECT_RUN_INFOS} WHERE stream_id = ? AND runs.name = ?", (stream.id, name)
@@ -164,6 +169,7 @@ def read_run(db: sqlite3.Connection, now: int, stream_name: str, name: str) -> R
 
 
 def list_runs(db: sqlite3.Connection, now: int, stream_name: str, after: str, limit: int) -> list[RunInfo]:
+    """See `Journal.runs`."""
     stream = _known_stream(db, now, stream_name)
     after_id = 0
     if after:
@@ -181,6 +187,7 @@ def list_runs(db: sqlite3.Connection, now: int, stream_name: str, after: str, li
 
 
 def read_states(db: sqlite3.Connection, now: int, runs: Sequence[tuple[str, str]]) -> list[RunState | None]:
+    """See `Journal.states`."""
     select = (
         "SELECT status, reason, writer, runs.last_seq, runs.last_ms "
         f"FROM runs JOIN streams ON streams.id = stream_id WHERE streams.name = :stream AND {LIVE} "
@@ -194,6 +201,7 @@ def read_states(db: sqlite3.Connection, now: int, runs: Sequence[tuple[str, str]
 
 
 def list_due(db: sqlite3.Connection, now: int, limit: int) -> list[tuple[str, str]]:
+    """See `Journal.due_runs`."""
     return db.execute(
         "SELECT streams.name, runs.name FROM runs JOIN streams ON streams.id = stream_id "
         f"WHERE status = 'open' AND due_ms > 0 AND due_ms <= :now AND {LIVE} ORDER BY due_ms LIMIT :limit",
@@ -204,6 +212,7 @@ def list_due(db: sqlite3.Connection, now: int, limit: int) -> list[tuple[str, st
 def list_ended(
     db: sqlite3.Connection, now: int, ended_after_ms: int, after: str, limit: int
 ) -> list[EndedRun]:
+    """See `Journal.ended_runs`."""
     # By number within one ms, so that what is listed after a place ended after it.
     after_ms, after_no = (int(part) for part in after.split("-")) if after else (0, 0)
     rows = db.execute(
@@ -221,6 +230,7 @@ def list_ended(
 
 
 def read_tops(db: sqlite3.Connection, now: int, names: Sequence[str]) -> dict[str, StreamTop]:
+    """See `Journal.tops`."""
     tops = {}
     for name in names:
         select = f"SELECT last_seq, last_ms, sealed FROM streams WHERE name = :name AND {LIVE}"
@@ -232,6 +242,7 @@ def read_tops(db: sqlite3.Connection, now: int, names: Sequence[str]) -> dict[st
 
 
 def resolve_token(db: sqlite3.Connection, now: int, token: str) -> tuple[str, str] | None:
+    """See `Journal.resolve_token`."""
     row: tuple[str, str] | None = db.execute(
         "SELECT streams.name, runs.name FROM runs JOIN streams ON streams.id = stream_id "
         "WHERE token = :token AND token <> '' "

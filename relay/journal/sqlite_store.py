@@ -164,6 +164,7 @@ class Store:
     # Transactions.
 
     def begin(self) -> None:
+        """Begin a group's transaction."""
         if self._cached > CACHE_MAX_ROWS:
             self._forget("")
         self._db.execute("BEGIN IMMEDIATE")
@@ -240,6 +241,7 @@ class Store:
                 pass  # The failure that brought us here is the one worth reporting.
 
     def take_notices(self) -> list[Notice]:
+        """What is to be told since the last time."""
         notices, self._notices = self._notices, []
         return notices
 
@@ -412,13 +414,6 @@ class Store:
         self._hear_of(run, now)
         if held.ending is not None:
             self._turn(run, held.ending)
-
-    def _learn(self, run: Run, dialect: str, answer: str) -> None:
-        if dialect and dialect != run.dialect:
-            run.dialect = dialect
-            self._turned_runs[run.id] = run
-        if answer:
-            self._answers[run.id] = answer
 
     def take_over(self, stream_name: str, name: str, writer: str, idle_ms: int) -> TakenOver:
         now = self._clock_ms()
@@ -781,6 +776,13 @@ class Store:
     def _was_proxied(self, run: Run) -> bool:
         row = self._db.execute("SELECT answer <> '' FROM run_texts WHERE run_id = ?", (run.id,)).fetchone()
         return row is not None and bool(row[0])
+
+    def _learn(self, run: Run, dialect: str, answer: str) -> None:
+        if dialect and dialect != run.dialect:
+            run.dialect = dialect
+            self._turned_runs[run.id] = run
+        if answer:
+            self._answers[run.id] = answer
 
     def _turn(self, run: Run, ending: Ending) -> None:
         """Note the ending of a run whose terminal frame is its last."""
