@@ -10,6 +10,7 @@ import hiredis
 import pytest
 import redis
 from redis_server import RedisServer
+from tcp_proxy import TcpProxy
 
 from relay.errors import JournalRefused, JournalUnavailable, StartupError
 from relay.journal import redis_connection
@@ -239,6 +240,32 @@ def test_a_demoted_primary_costs_every_link_its_connection_until_there_is_a_prim
         after = await asyncio.gather(connection_id(writing), connection_id(reading))
         assert not set(after) & set(before)
         await asyncio.gather(writing.close(), reading.close())
+
+    asyncio.run(scenario())
+
+
+def test_links_follow_the_first_that_finds_another_primary(
+    redis_server: RedisServer, own_server: RedisServer
+) -> None:
+    """A name that leads elsewhere is found by whoever has to connect again: the others are told, because the
+    server they still speak to is not the one that is written to any more."""
+
+    async def scenario() -> None:
+        with TcpProxy.running(own_server.port) as proxy:
+            address = Address(f"redis://127.0.0.1:{proxy.port}/0")
+            writing, reading = Lane(address, "write", DEADLINE_S), Lane(address, "read", DEADLINE_S)
+            await asyncio.gather(writing.open(), reading.open())
+            assert writing.primary == reading.primary != ""
+            lost = asyncio.ensure_future(reading.lost())
+            number = await connection_id(writing)
+            proxy.lead_to(redis_server.port)
+            with own_server.client() as client:
+                client.client_kill_filter(_id=str(number))
+            await asyncio.wait_for(lost, DEADLINE_S)
+            for each in (writing, reading):
+                port = await asyncio.wait_for(each.submit(pack("CONFIG", "GET", "port")), DEADLINE_S)
+                assert port == [b"port", b"%d" % redis_server.port]
+            await asyncio.gather(writing.close(), reading.close())
 
     asyncio.run(scenario())
 
