@@ -497,8 +497,7 @@ class RedisJournal:
 
     async def reindex(self, after: str, limit: int) -> str:
         names = await self._listed(after, limit)
-        for stream in names:
-            await self._reindex(stream)
+        await asyncio.gather(*map(self._reindex, names))
         return names[-1] if len(names) == limit else ""
 
     async def ended_runs(self, ended_after_ms: int, after: str, limit: int) -> Sequence[EndedRun]:
@@ -835,17 +834,20 @@ class RedisJournal:
             pack(b"HMGET", keys.run(run), b"status", b"owner", b"last_seq", b"last_ms", b"deliver")
             for run in runs
         )
+        hints: list[bytes] = []
         for run, (status, owner, seq, ms, delivery) in zip(runs, held, strict=True):
             member = _member(stream, run)
             if status is None:
                 continue
             if status != b"open":
-                await self._together(*self._onto_endings(stream, run, Cursor(int(seq), int(ms)), delivery))
+                hints += self._onto_endings(stream, run, Cursor(int(seq), int(ms)), delivery)
             elif owner:
-                owned = pack(b"SADD", self._owned_key(owner.decode()), member)
-                await self._together(owned, pack(b"SADD", self._owners_key(), owner))
+                hints.append(pack(b"SADD", self._owned_key(owner.decode()), member))
+                hints.append(pack(b"SADD", self._owners_key(), owner))
             else:  # who looks at it finds out when it is due
-                await self._together(pack(b"ZADD", self._due_key(), b"LT", 0, member))
+                hints.append(pack(b"ZADD", self._due_key(), b"NX", 0, member))
+        if hints:
+            await self._together(*hints)
 
     async def _ended_infos(self, listed: Sequence[tuple[int, bytes]]) -> Sequence[EndedRun]:
         """Of members of the listing of endings; those whose stream is gone are taken off it."""
