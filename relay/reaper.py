@@ -119,7 +119,7 @@ class Reaper:
             self._end_session()
             return {}
         if began - self._session_began >= self._patience_s:
-            self._suspects = {owner: suspects.get(owner, seen) for owner in lapsed if owner != self._owner}
+            self._suspects = {owner: suspects.get(owner, seen) for owner in lapsed}
         # Ticks that follow each other quickly, as after a late one, are one look: nobody renewed in between.
         return {
             owner: since

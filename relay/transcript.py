@@ -82,7 +82,7 @@ class Assembly:
         if self.position.seq < last and page.extent.earliest_seq > self.position.seq + 1:
             self._truncated = True
         for frame in page.frames:
-            if frame.seq > last or self.complete:
+            if frame.seq > last:
                 break
             self._show(frame)
         if page.frames:
@@ -109,8 +109,6 @@ class Assembly:
                 self._truncated = self.complete = True
             self._room -= len(text)
             self._texts.setdefault((delta.kind, delta.index), bytearray()).extend(text)
-            if self.complete:
-                return
 
 
 async def read_transcript(journal: Journal, stream: str, run: str, max_bytes: int) -> Transcript:

@@ -385,6 +385,24 @@ def test_leases_that_the_journal_lost_are_not_held_against_their_owners(world: W
     play(scene())
 
 
+def test_a_reaper_whose_own_lease_lapsed_begins_anew_with_its_suspicions(world: World) -> None:
+    async def scene() -> None:
+        living = world.process("living")
+        run = world.open("s", "missing")
+        await world.live(60, lambda: bool(living.reaper._suspects))
+        world.leases.clear()
+        patient_s = 0.0
+        while patient_s < SETTINGS.journal_timeout_s + TICK_S:
+            await living.reaper.tick()
+            assert run.status is Status.OPEN
+            world.s += TICK_S
+            patient_s += TICK_S
+        await world.live(2 * TICK_S)
+        assert run.status is Status.LOST
+
+    play(scene())
+
+
 def test_a_reaper_that_stood_still_does_not_judge_by_what_it_saw_before(world: World) -> None:
     async def scene() -> None:
         healthy = world.process("healthy")

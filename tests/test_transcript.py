@@ -195,6 +195,31 @@ def test_what_follows_a_cut_is_left_out_too(perform: Perform) -> None:
     perform(play)
 
 
+def test_a_text_too_large_is_not_read_on(perform: Perform) -> None:
+    async def play(journal: Journal) -> None:
+        await begin(journal)
+        await say(journal, 1, *("x" for _ in range(3 * PAGE_MAX_FRAMES)))
+        assembly = Assembly("s", await journal.run("s", "r"), 5)
+        assembly.take(await journal.read("s", assembly.position, PAGE_MAX_FRAMES, ROOMY))
+        assert assembly.complete
+        assert assembly.transcript().text == "xxxxx"
+
+    perform(play)
+
+
+def test_what_is_said_while_it_is_read_does_not_make_it_disagree_with_itself(perform: Perform) -> None:
+    async def play(journal: Journal) -> None:
+        await begin(journal)
+        await say(journal, 1, "hel")
+        assembly = Assembly("s", await journal.run("s", "r"), ROOMY)
+        await say(journal, 2, "lo")
+        assembly.take(await journal.read("s", assembly.position, PAGE_MAX_FRAMES, ROOMY))
+        said = assembly.transcript()
+        assert (said.text, said.info.frames, said.info.text_bytes) == ("hel", 1, 3)
+
+    perform(play)
+
+
 @pytest.mark.parametrize(("trimmed", "text"), [(2, "abc"), (4, "bc"), (6, ""), (9, "")])
 def test_a_run_whose_frames_were_trimmed_says_so(perform: Perform, trimmed: int, text: str) -> None:
     async def play(journal: Journal) -> None:
