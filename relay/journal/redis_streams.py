@@ -38,11 +38,9 @@ runs, or says that the stream takes no further run; an empty one is a deletion. 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from importlib import resources
 from typing import Any, NamedTuple
 
 import hiredis
@@ -66,6 +64,7 @@ from relay.errors import (
     UnknownStream,
 )
 from relay.frame import Event, Frame, run_started
+from relay.journal import redis_scripts as scripts
 from relay.journal.base import (
     Append,
     Appended,
@@ -96,6 +95,15 @@ from relay.journal.redis_connection import (
     fetch_info,
     pack,
 )
+from relay.journal.redis_scripts import (
+    Script,
+    ScriptCommand,
+    error_json,
+    in_ms,
+    packed_bounds,
+    packed_ending,
+    packed_opening,
+)
 from relay.lifecycle import Ending, Reason, Status, ending
 from relay.limits import Retention
 
@@ -119,60 +127,6 @@ _SEALED = b"sealed"
 _MULTI = pack(b"MULTI")
 _EXEC = pack(b"EXEC")
 _POSITION = (b"created", b"earliest", b"last_seq", b"last_ms", b"largest")
-
-
-class _Script:
-    """A Lua file, with those in front of it that hold what it shares with others."""
-
-    def __init__(self, *names: str) -> None:
-        directory = resources.files("relay.journal") / "lua"
-        self.text = "".join((directory / f"{name}.lua").read_text() for name in names).encode()
-        self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
-
-    def command(self, keys: Sequence[bytes], arguments: Sequence[str | bytes | int]) -> _ScriptCommand:
-        return _ScriptCommand(self, keys, arguments)
-
-
-class _ScriptCommand:
-    """One call of a script. `by_text` is for a server that does not know it: it loads and runs it in one
-    step, so that nothing sent later by the same caller overtakes it."""
-
-    def __init__(
-        self, script: _Script, keys: Sequence[bytes], arguments: Sequence[str | bytes | int]
-    ) -> None:
-        self._script = script
-        self._arguments = (len(keys), *keys, *arguments)
-
-    @property
-    def by_sha(self) -> bytes:
-        return pack(b"EVALSHA", self._script.sha, *self._arguments)
-
-    @property
-    def by_text(self) -> bytes:
-        return pack(b"EVAL", self._script.text, *self._arguments)
-
-
-_OPEN_RUN = _Script("stream", "life", "open_run")
-_APPEND = _Script("stream", "append")
-_RESTORE = _Script("stream", "life", "restore")
-_TAKE_OVER = _Script("take_over")
-_HEAR_OF = _Script("hear_of")
-_END_RUN = _Script("stream", "life", "end_run")
-_END_DUE = _Script("stream", "life", "end_due")
-_PUT_STREAM = _Script("stream", "life", "put_stream")
-_SEAL = _Script("seal")
-_TRIM = _Script("stream", "trim")
-_DELETE = _Script("stream", "life", "delete")
-_DESCRIBE = _Script("describe")
-_RUNS = _Script("runs")
-_READ_BOUNDED = _Script("read_bounded")
-_DUE_IN = _Script("due_in")
-_TAKE_DUE = _Script("take_due")
-_SETTLE_DELIVERY = _Script("stream", "settle_delivery")
-_POSTPONE_DELIVERY = _Script("postpone_delivery")
-_CLAIM = _Script("claim")
-_SETTLE = _Script("settle")
-_RELEASE = _Script("release")
 
 
 class _Keys(NamedTuple):
@@ -259,8 +213,8 @@ class RedisJournal:
             b"" if bound is None else bound for bound in (change.max_frames, change.max_bytes, retention_ms)
         ]
         arguments += [change.metadata or b"", int(change.metadata is not None)]
-        arguments += [_packed(_bounds(retention)), keys.run_prefix]
-        command = _PUT_STREAM.command((*keys[:5], keys.tombstone), arguments)
+        arguments += [packed_bounds(retention), keys.run_prefix]
+        command = scripts.PUT_STREAM.call((*keys[:5], keys.tombstone), arguments)
         listing = self._listing(stream)
         _, reply, _ = await self._together(listing, command, listing)
         created, retention_ms, *tokens = reply
@@ -270,17 +224,20 @@ class RedisJournal:
 
     async def seal(self, stream: str) -> None:
         keys = self._keys(stream)
-        reply = await self._script(self._writing, _SEAL, (keys.meta,), (keys.channel, _SEALED))
+        reply = await self._script(self._writing, scripts.SEAL, (keys.meta,), (keys.channel, _SEALED))
         _refuse(reply, stream)
 
     async def trim(self, stream: str, before_seq: int) -> None:
-        _refuse(await self._script(self._writing, _TRIM, self._keys(stream)[:3], (before_seq,)), stream)
+        _refuse(
+            await self._script(self._writing, scripts.TRIM, self._keys(stream)[:3], (before_seq,)),
+            stream,
+        )
 
     async def delete(self, stream: str) -> None:
         keys = self._keys(stream)
         arguments = (stream, keys.channel, self._owner_channel(""), keys.run_prefix)
-        end = _packed_ending(ending(Reason.STREAM_DELETED), {})
-        reply = await self._script(self._writing, _DELETE, keys[:7], (*arguments, end, TOMBSTONE_MS))
+        end = packed_ending(ending(Reason.STREAM_DELETED), {})
+        reply = await self._script(self._writing, scripts.DELETE, keys[:7], (*arguments, end, TOMBSTONE_MS))
         self._largest.pop(stream, None)
         for run, token, owner in zip(reply[::3], reply[1::3], reply[2::3], strict=True):
             self._send(pack(b"UNLINK", self._token_key(token.decode())))
@@ -293,12 +250,12 @@ class RedisJournal:
         stream, keys = opening.stream, self._keys(opening.stream)
         metadata = orjson.loads(opening.metadata) if opening.metadata else None
         arguments: list[str | bytes | int] = [stream, opening.run, keys.channel, self._owner_channel("")]
-        arguments += [_SEALED, _packed_opening(opening)]
+        arguments += [_SEALED, packed_opening(opening)]
         arguments.append(run_started(opening.run, opening.dialect or None, metadata))
         arguments.append(opening.if_busy)
-        arguments.append(_packed_ending(ending(Reason.SUPERSEDED), opening.error_events))
+        arguments.append(packed_ending(ending(Reason.SUPERSEDED), opening.error_events))
         arguments += opening.supersedes
-        command = _OPEN_RUN.command((*keys[:5], keys.run(opening.run), keys.tombstone), arguments)
+        command = scripts.OPEN_RUN.call((*keys[:5], keys.run(opening.run), keys.tombstone), arguments)
         # The hints go before the run, so that no run exists that they do not lead to, and the listing once
         # more after it, because whoever found the stream missing may have taken it off in between.
         *_, reply, _ = await self._together(*self._opening_hints(opening), command, self._listing(stream))
@@ -332,13 +289,13 @@ class RedisJournal:
         if end is None:
             arguments += (b"", b"", b"", b"", batch.answer, *batch.acknowledged, 0)
         else:
-            arguments += (end.status.value, end.reason.value, end.error, _error_json(end))
+            arguments += (end.status.value, end.reason.value, end.error, error_json(end))
             arguments += (batch.answer, *batch.acknowledged, int(batch.error_event is not None))
         for event in batch.events:
             arguments += event
         if end is not None and batch.error_event is not None:
             arguments += batch.error_event
-        reply = await self._script(self._writing, _APPEND, (*keys[:5], keys.run(batch.run)), arguments)
+        reply = await self._script(self._writing, scripts.APPEND, (*keys[:5], keys.run(batch.run)), arguments)
         if reply[0] != b"ok":
             _refuse(reply, batch.stream, batch.run)
         if reply[6]:
@@ -351,12 +308,12 @@ class RedisJournal:
     async def restore(self, opening: RunOpening, held: Held) -> None:
         keys = self._keys(opening.stream)
         arguments: list[str | bytes | int] = [opening.run, keys.channel, *held.first, held.producer_seq]
-        arguments += [held.text_bytes, _packed_opening(opening)]
+        arguments += [held.text_bytes, packed_opening(opening)]
         own = {} if held.error_event is None else {"": held.error_event}
-        arguments.append(b"" if held.ending is None else _packed_ending(held.ending, own))
+        arguments.append(b"" if held.ending is None else packed_ending(held.ending, own))
         for event in held.events:
             arguments += event
-        command = _RESTORE.command((*keys[:5], keys.run(opening.run), keys.tombstone), arguments)
+        command = scripts.RESTORE.call((*keys[:5], keys.run(opening.run), keys.tombstone), arguments)
         *_, reply = await self._together(*self._opening_hints(opening), command)
         _refuse(reply, opening.stream, opening.run)
         if held.ending is not None:
@@ -364,9 +321,9 @@ class RedisJournal:
 
     async def take_over(self, stream: str, run: str, writer: str, idle_timeout_s: float) -> TakenOver:
         keys = self._keys(stream)
-        idle_ms = _ms(idle_timeout_s)
+        idle_ms = in_ms(idle_timeout_s)
         arguments = (stream, run, self._owner_channel(""), writer, idle_ms)
-        command = _TAKE_OVER.command((keys.meta, keys.run(run)), arguments)
+        command = scripts.TAKE_OVER.call((keys.meta, keys.run(run)), arguments)
         _, reply = await self._together(self._due_hint(stream, run, idle_ms), command)
         _refuse(reply, stream, run)
         if reply[4]:
@@ -375,16 +332,16 @@ class RedisJournal:
 
     async def hear_of(self, stream: str, run: str, writer: str) -> RunState:
         keys = self._keys(stream)
-        reply = await self._script(self._writing, _HEAR_OF, (keys.meta, keys.run(run)), (writer,))
+        reply = await self._script(self._writing, scripts.HEAR_OF, (keys.meta, keys.run(run)), (writer,))
         return _run_state(_refuse(reply, stream, run)[1:])
 
     async def end_run(
         self, stream: str, run: str, ending: Ending, error_events: Mapping[str, Event], *, owner: str = ""
     ) -> Ended:
         keys = self._keys(stream)
-        said = _packed_ending(ending, error_events)
+        said = packed_ending(ending, error_events)
         arguments = (stream, run, keys.channel, self._owner_channel(""), said, owner)
-        reply = await self._script(self._writing, _END_RUN, (*keys[:5], keys.run(run)), arguments)
+        reply = await self._script(self._writing, scripts.END_RUN, (*keys[:5], keys.run(run)), arguments)
         ended = None if reply[0] != b"ok" else self._ended(stream, run, reply)
         if owner and (ended is None or ended.owner != owner):
             # It was found where it does not belong, and the run does not say who else lists it there.
@@ -407,7 +364,7 @@ class RedisJournal:
     async def runs(self, stream: str, after: str, limit: int) -> Sequence[RunInfo]:
         keys = self._keys(stream)
         arguments = (after, limit, keys.run_prefix)
-        reply = await self._script(self._reading, _RUNS, (keys.meta, keys.runs), arguments)
+        reply = await self._script(self._reading, scripts.RUNS, (keys.meta, keys.runs), arguments)
         _, *listed = _refuse(reply, stream, after)
         return [
             _run_info(run.decode(), flat) for run, flat in zip(listed[::2], listed[1::2], strict=True) if flat
@@ -423,7 +380,7 @@ class RedisJournal:
     # Liveness.
 
     async def renew(self, owner: str, lease_s: float) -> Renewal:
-        lease = pack(b"SET", self._owner_key(owner), b"1", b"PX", max(1, _ms(lease_s)), b"GET")
+        lease = pack(b"SET", self._owner_key(owner), b"1", b"PX", max(1, in_ms(lease_s)), b"GET")
         listing = pack(b"SADD", self._owners_key(), owner)
         before, (seconds, micros), _ = await self._together(lease, pack(b"TIME"), listing)
         return Renewal(before is not None, int(seconds) * 1000 + int(micros) // 1000)
@@ -450,7 +407,7 @@ class RedisJournal:
         return [_named_by(member) for member in members]
 
     async def due_runs(self, limit: int) -> Sequence[tuple[str, str]]:
-        members = await self._script(self._reading, _TAKE_DUE, (self._due_key(),), (limit, 0))
+        members = await self._script(self._reading, scripts.TAKE_DUE, (self._due_key(),), (limit, 0))
         return [_named_by(member) for member in members]
 
     async def end_due(
@@ -464,9 +421,9 @@ class RedisJournal:
         arguments: list[str | bytes | int] = [stream, run, keys.channel, self._owner_channel("")]
         arguments.append(reachable_since_ms)
         reasons = (Reason.IDLE_TIMEOUT, Reason.MAX_RUN)
-        arguments += (_packed_ending(ending(reason), error_events.get(reason, {})) for reason in reasons)
+        arguments += (packed_ending(ending(reason), error_events.get(reason, {})) for reason in reasons)
         arguments.append(LOOKED_AT_MS)
-        reply = await self._script(self._writing, _END_DUE, (*keys[:5], keys.run(run)), arguments)
+        reply = await self._script(self._writing, scripts.END_DUE, (*keys[:5], keys.run(run)), arguments)
         lane, member = _lane(self._writing), _member(stream, run)
         match reply[0]:
             case b"ended":
@@ -528,8 +485,8 @@ class RedisJournal:
     # Delivery of endings.
 
     async def claim_deliveries(self, limit: int, lease_s: float) -> Sequence[Delivery]:
-        leased = (limit, max(1, _ms(lease_s)))
-        members = await self._script(self._writing, _TAKE_DUE, (self._deliveries_key(),), leased)
+        leased = (limit, max(1, in_ms(lease_s)))
+        members = await self._script(self._writing, scripts.TAKE_DUE, (self._deliveries_key(),), leased)
         claimed = [_named_by(member) for member in members]
         held = await self._of_each(
             pack(b"HMGET", self._keys(stream).run(run), b"deliver", b"status", b"tries")
@@ -547,14 +504,14 @@ class RedisJournal:
         keys = self._keys(stream)
         settled = (keys.frames, keys.meta, keys.byte_index, keys.undelivered, keys.run(run))
         # The run first: its place in the index is looked at again as long as it is there.
-        await self._script(self._writing, _SETTLE_DELIVERY, settled, (run,))
+        await self._script(self._writing, scripts.SETTLE_DELIVERY, settled, (run,))
         dropped = pack(b"ZREM", self._deliveries_key(), _member(stream, run))
         _refuse_errors([await _lane(self._writing).submit(dropped)])
 
     async def postpone_delivery(self, stream: str, run: str, delay_s: float) -> None:
-        if await self._script(self._writing, _POSTPONE_DELIVERY, (self._keys(stream).run(run),), ()):
-            later = (_member(stream, run), _ms(delay_s), b"CH")
-            await self._script(self._writing, _DUE_IN, (self._deliveries_key(),), later)
+        if await self._script(self._writing, scripts.POSTPONE_DELIVERY, (self._keys(stream).run(run),), ()):
+            later = (_member(stream, run), in_ms(delay_s), b"CH")
+            await self._script(self._writing, scripts.DUE_IN, (self._deliveries_key(),), later)
 
     # Reading.
 
@@ -573,7 +530,10 @@ class RedisJournal:
             position, entries = _refuse_errors(_refuse_errors(replies)[3])
         else:
             position, entries = await self._script(
-                self._reading, _READ_BOUNDED, (keys.frames, keys.meta), (after.seq, max_frames, max_bytes)
+                self._reading,
+                scripts.READ_BOUNDED,
+                (keys.frames, keys.meta),
+                (after.seq, max_frames, max_bytes),
             )
         if position[0] is None:
             self._largest.pop(stream, None)
@@ -682,26 +642,26 @@ class RedisJournal:
     async def claim(self, key: str, body_digest: str, owner: str, lease_s: float, keep_s: float) -> Claim:
         durations = (round(lease_s * 1000), round(keep_s * 1000))
         reply = await self._script(
-            self._writing, _CLAIM, (self._claim_key(key),), (body_digest, owner, *durations)
+            self._writing, scripts.CLAIM, (self._claim_key(key),), (body_digest, owner, *durations)
         )
         return Claim(*(part.decode() for part in reply))
 
     async def settle(self, key: str, owner: str, stream: str, run: str) -> None:
-        await self._script(self._writing, _SETTLE, (self._claim_key(key),), (owner, stream, run))
+        await self._script(self._writing, scripts.SETTLE, (self._claim_key(key),), (owner, stream, run))
 
     async def release(self, key: str, owner: str) -> None:
-        await self._script(self._writing, _RELEASE, (self._claim_key(key),), (owner,))
+        await self._script(self._writing, scripts.RELEASE, (self._claim_key(key),), (owner,))
 
     # What the operations are made of.
 
     async def _script(
         self,
         lane: Lane | None,
-        script: _Script,
+        script: Script,
         keys: Sequence[bytes],
         arguments: Sequence[str | bytes | int],
     ) -> Any:
-        command = script.command(keys, arguments)
+        command = script.call(keys, arguments)
         reply = await _lane(lane).submit(command.by_sha)
         if _needs_script(reply):
             reply = await _lane(lane).submit(command.by_text)
@@ -711,7 +671,7 @@ class RedisJournal:
 
     async def _describe(self, stream: str) -> StreamInfo | None:
         keys = self._keys(stream)
-        reply = await self._script(self._reading, _DESCRIBE, (keys.meta, keys.open, keys.runs), ())
+        reply = await self._script(self._reading, scripts.DESCRIBE, (keys.meta, keys.open, keys.runs), ())
         if not reply:
             return None
         held = _fields(reply[0])
@@ -732,7 +692,7 @@ class RedisJournal:
             active_ms=max(top.ms, int(held["created"])),
         )
 
-    async def _together(self, *parts: bytes | _ScriptCommand) -> Sequence[Any]:
+    async def _together(self, *parts: bytes | ScriptCommand) -> Sequence[Any]:
         """Several commands in one write; their replies. All of them are sent again when one is a script that
         the server does not know: it must do no harm to repeat them."""
         lane = _lane(self._writing)
@@ -763,23 +723,23 @@ class RedisJournal:
 
     # Indexes.
 
-    def _opening_hints(self, opening: RunOpening) -> list[bytes | _ScriptCommand]:
+    def _opening_hints(self, opening: RunOpening) -> list[bytes | ScriptCommand]:
         """What leads to a run that is going to be opened."""
         stream, run = opening.stream, opening.run
-        hints: list[bytes | _ScriptCommand] = [self._listing(stream)]
+        hints: list[bytes | ScriptCommand] = [self._listing(stream)]
         hints.append(self._token_hint(opening.token, stream, run, opening.retention.retention_s * 1000))
         if opening.owner:
             # In this order: who sees no run of an owner takes it off the owners.
             hints.append(pack(b"SADD", self._owned_key(opening.owner), _member(stream, run)))
             hints.append(pack(b"SADD", self._owners_key(), opening.owner))
         else:
-            bounds = [ms for ms in (_ms(opening.idle_timeout_s), _ms(opening.max_run_s)) if ms]
+            bounds = [ms for ms in (in_ms(opening.idle_timeout_s), in_ms(opening.max_run_s)) if ms]
             hints.append(self._due_hint(stream, run, min(bounds, default=0)))
         return hints
 
-    def _due_hint(self, stream: str, run: str, in_ms: int) -> _ScriptCommand:
+    def _due_hint(self, stream: str, run: str, in_ms: int) -> ScriptCommand:
         delay_ms = min(in_ms, LOOKED_AT_MS) if in_ms else LOOKED_AT_MS
-        return _DUE_IN.command((self._due_key(),), (_member(stream, run), delay_ms, b"LT"))
+        return scripts.DUE_IN.call((self._due_key(),), (_member(stream, run), delay_ms, b"LT"))
 
     def _ended(self, stream: str, run: str, reply: Sequence[Any]) -> Ended:
         """What a script says of an ending, which is filed whoever brought it about."""
@@ -1037,10 +997,6 @@ def _unknown_run(run: str) -> UnknownRun:
 # Arguments.
 
 
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)
-
-
 def _member(stream: str, run: str) -> str:
     return f"{stream} {run}"
 
@@ -1048,43 +1004,6 @@ def _member(stream: str, run: str) -> str:
 def _named_by(member: bytes) -> tuple[str, str]:
     stream, _, run = member.decode().partition(" ")
     return stream, run
-
-
-def _packed(value: Any) -> bytes:
-    packed: bytes = msgpack.packb(value, use_bin_type=False)
-    return packed
-
-
-def _bounds(retention: Retention) -> dict[str, int]:
-    return {
-        "max_frames": retention.max_frames,
-        "max_bytes": retention.max_bytes,
-        "retention_ms": retention.retention_s * 1000,
-    }
-
-
-def _packed_opening(opening: RunOpening) -> bytes:
-    values = {
-        "writer": opening.writer,
-        "token": opening.token,
-        "dialect": opening.dialect,
-        "metadata": opening.metadata,
-        "answer": opening.answer,
-        "owner": opening.owner,
-        "idle_ms": _ms(opening.idle_timeout_s),
-        "max_run_ms": _ms(opening.max_run_s),
-        "deliver": "pending" if opening.deliver else "",
-        "seal": opening.seal,
-    }
-    return _packed(values | _bounds(opening.retention))
-
-
-def _packed_ending(end: Ending, error_events: Mapping[str, Event]) -> bytes:
-    return _packed([end.status.value, end.reason.value, end.error, _error_json(end), dict(error_events)])
-
-
-def _error_json(end: Ending) -> bytes:
-    return orjson.dumps(end.error) if end.error else b""
 
 
 # Starting.

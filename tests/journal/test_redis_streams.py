@@ -249,41 +249,6 @@ def test_a_page_is_the_same_whichever_way_it_is_read(redis_server: RedisServer) 
     asyncio.run(scenario())
 
 
-# Scripts.
-
-
-def test_scripts_the_server_forgot_are_loaded_again(redis_server: RedisServer) -> None:
-    async def scenario() -> None:
-        async with opened(redis_server, prefix="scripts") as (journal, _):
-            with redis_server.client() as client:
-                client.script_flush()
-                await journal.open_run(opening("s"))
-                client.script_flush()
-                appends = [journal.append(batch("s", seq, b"x")) for seq in range(1, 51)]
-                assert [(await each).last.seq for each in appends] == list(range(2, 52))
-                client.script_flush()
-                assert (await journal.describe("s")).last_data == 51
-                client.script_flush()
-                assert len((await journal.read("s", ORIGIN, 100, 10**6)).frames) == 51
-                client.script_flush()
-                await journal.delete("s")
-
-    asyncio.run(scenario())
-
-
-def test_concurrent_appends_keep_their_order_when_scripts_are_forgotten(redis_server: RedisServer) -> None:
-    async def scenario() -> None:
-        async with opened(redis_server, prefix="overtaking") as (journal, _):
-            await journal.open_run(opening("s"))
-            with redis_server.client() as client:
-                for first in range(1, 400, 40):
-                    client.script_flush()
-                    await asyncio.gather(*(journal.append(batch("s", first + n, b"x")) for n in range(40)))
-            assert (await journal.run("s", "r1")).frames == 400
-
-    asyncio.run(scenario())
-
-
 # Following.
 
 
