@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from relay.api import Api
+from relay.api import Api, run_object
 from relay.cursor import RESUME_PREFIX, Cursor, Standing, judge, parse_resume_id
 from relay.diagnostics import Diagnostics
 from relay.dialects.detect import BY_NAME, RAW
@@ -219,6 +219,16 @@ class App:
                 return
             if self._proxy is None:
                 raise RouteNotFound("No upstream is configured; relay's own routes are under /relay.")
+            if stream := self._proxy.resumes(call):
+                current = await self._proxy.current(stream)
+                if current is None:
+                    await send_no_content(send)
+                else:
+                    await self._serve_known_run(current, None, browser, scope, send)
+                return
+            if stream := self._proxy.stops(call):
+                await self._stop_current(stream, send)
+                return
             opened = await self._open(self._proxy, call, scope)
             if isinstance(opened, Passed):
                 await _pass_on(opened, call.method, scope, send)
@@ -251,6 +261,19 @@ class App:
             raise ClientGone from None
         finally:
             connection.on_lost = None
+
+    async def _stop_current(self, stream: str, send: Send) -> None:
+        """Cancel a stream's newest open run: the run as it ended, or 204."""
+        try:
+            open_runs = (await self.journal.describe(stream)).open_runs
+        except UnknownStream:
+            open_runs = ()
+        if not open_runs:
+            await send_no_content(send)
+            return
+        info = await self.pushes.cancel(stream, open_runs[-1], "")
+        headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
+        await send_whole(200, headers, orjson.dumps(run_object(stream, info)), send)
 
     async def _resume(self, presented: str, browser: bool, scope: Scope, send: Send) -> None:
         """Answer a request that carries a resume id from the journal, never from upstream."""

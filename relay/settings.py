@@ -41,6 +41,12 @@ class Settings:
     stream_from: tuple[str, ...] = _setting(
         (), "Where a request names its stream: path:/chat/{stream}, body:/pointer or header:Name. Repeatable."
     )
+    resume_route: tuple[str, ...] = _setting(
+        (), "Answered with a stream's current run: 'GET /chat/{stream}/stream'. Repeatable."
+    )
+    stop_route: tuple[str, ...] = _setting(
+        (), "Cancels a stream's current run: 'POST /chat/{stream}/stop'. Repeatable."
+    )
     passthrough: tuple[str, ...] = _setting((), "Paths (globs) that are never journaled. Repeatable.")
     journal_down: str = _setting(
         "fail", "A stream that begins while the journal is away: fail or passthrough.",

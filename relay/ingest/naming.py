@@ -13,6 +13,7 @@ from relay.errors import StartupError
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110 section 5.6.2
 _PATH_WORD = re.compile(r"\{stream\}")
+_METHOD = re.compile(r"[A-Z]+", re.ASCII)
 
 
 Rule = Callable[[str, Callable[[str], str], Any], str]
@@ -41,7 +42,7 @@ def naming_rules(settings: Sequence[str]) -> NamingRules:
     needs_body = False
     for setting in settings:
         kind, _, rest = setting.partition(":")
-        if kind == "path" and rest.startswith("/") and len(_PATH_WORD.findall(rest)) == 1:
+        if kind == "path" and _is_path(rest):
             rules.append(_path_rule(rest))
         elif kind == "body" and rest.startswith("/"):
             rules.append(_body_rule(rest))
@@ -55,9 +56,40 @@ def naming_rules(settings: Sequence[str]) -> NamingRules:
     return NamingRules(rules, needs_body)
 
 
-def _path_rule(pattern: str) -> Rule:
+Routes = Callable[[str, str], str]
+"""Finds a stream's name, or "", in a method and a raw path."""
+
+
+def stream_routes(flag: str, settings: Sequence[str]) -> Routes:
+    """Read routes such as `GET /chat/{stream}/stream`; raises `StartupError` that names the flag."""
+    routes = []
+    for setting in settings:
+        method, _, pattern = setting.partition(" ")
+        if not _METHOD.fullmatch(method) or not _is_path(pattern):
+            raise StartupError(f"{flag} {setting!r} is not a method and a path, as in GET /chat/{{stream}}.")
+        routes.append((method, _path(pattern)))
+
+    def find(method: str, raw_path: str) -> str:
+        for wanted, path in routes:
+            match = path.fullmatch(raw_path) if method == wanted else None
+            if match:
+                return unquote(match[1])
+        return ""
+
+    return find
+
+
+def _is_path(pattern: str) -> bool:
+    return pattern.startswith("/") and len(_PATH_WORD.findall(pattern)) == 1
+
+
+def _path(pattern: str) -> re.Pattern[str]:
     before, after = _PATH_WORD.split(pattern)
-    path = re.compile(re.escape(before) + r"([^/]+)" + re.escape(after))
+    return re.compile(re.escape(before) + r"([^/]+)" + re.escape(after))
+
+
+def _path_rule(pattern: str) -> Rule:
+    path = _path(pattern)
 
     def rule(raw_path: str, header: Callable[[str], str], body: Any) -> str:
         match = path.fullmatch(raw_path)

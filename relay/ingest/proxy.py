@@ -37,7 +37,7 @@ from relay.errors import (
     UpstreamError,
     UpstreamInvalid,
 )
-from relay.ingest.naming import naming_rules, parse_json
+from relay.ingest.naming import naming_rules, parse_json, stream_routes
 from relay.ingest.owned import OnEnded, OwnedRuns
 from relay.ingest.pump import Called, CallingPump, Lines, Parser, Pump, ServerSentEvents
 from relay.ingest.upstream import Answer, Headers, Inflater, Upstream, UpstreamRequest, end_to_end
@@ -223,6 +223,8 @@ class Proxy:
         self._readers_of = readers_of
         self._on_ended = on_ended
         self._naming = naming_rules(settings.stream_from)
+        self._resume_route = stream_routes("--resume-route", settings.resume_route)
+        self._stop_route = stream_routes("--stop-route", settings.stop_route)
         self._named_dialect = BY_NAME.get(settings.dialect)
         self._pumps: dict[tuple[str, str], Pump] = {}
         self._openings: set[asyncio.Future[None]] = set()
@@ -251,6 +253,27 @@ class Proxy:
     def passes(self, path: str) -> bool:
         """Whether a path is never journaled, and closed with its client at every moment."""
         return any(fnmatchcase(path, glob) for glob in self._settings.passthrough)
+
+    def resumes(self, call: Call) -> str:
+        """The stream whose current run a request asks for by `--resume-route`; "" for any other request.
+        Raises `InvalidName`."""
+        return _valid(self._resume_route(call.method, call.target.partition("?")[0]))
+
+    def stops(self, call: Call) -> str:
+        """The stream whose current run a request stops by `--stop-route`; "" for any other request. Raises
+        `InvalidName`."""
+        return _valid(self._stop_route(call.method, call.target.partition("?")[0]))
+
+    async def current(self, stream: str) -> RunAnswer | None:
+        """The answer of a stream's newest open run that has one. Raises `JournalError`."""
+        try:
+            for run in reversed((await self._journal.describe(stream)).open_runs):
+                info = await self._journal.run(stream, run)
+                if info.answer:
+                    return RunAnswer.of(stream, info, self.pump(stream, run))
+        except (UnknownStream, UnknownRun):
+            pass
+        return None
 
     async def open(self, call: Call) -> Passed | RunAnswer | StartedRun:
         """Send a request to upstream, or find the run an earlier one with the same key led to.
@@ -716,6 +739,10 @@ async def _end_unanswered(writer: RunWriter) -> None:
         )
     except (UnknownStream, UnknownRun):
         pass  # it was not
+
+
+def _valid(name: str) -> str:
+    return check_stream_name(name) if name else ""
 
 
 def _shut_down() -> Ending:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.errors import InvalidName, StartupError
-from relay.ingest.naming import naming_rules, parse_json
+from relay.ingest.naming import naming_rules, parse_json, stream_routes
 
 
 def find(*settings: str, path: str = "/", headers: dict[str, str] | None = None, body: Any = None) -> str:
@@ -88,6 +88,29 @@ def test_only_a_body_rule_needs_the_body() -> None:
 def test_a_rule_that_cannot_be_read_stops_the_start_and_says_how_to_write_it(setting: str) -> None:
     with pytest.raises(StartupError, match="json/pointer"):
         naming_rules([setting])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "name"),
+    [
+        ("GET", "/api/chat/c1/stream", "c1"),
+        ("GET", "/api/chat/c%2D1/stream", "c-1"),
+        ("GET", "/v2/c1", "c1"),
+        ("POST", "/api/chat/c1/stream", ""),
+        ("GET", "/api/chat/c1/stream/", ""),
+        ("GET", "/api/chat/a/b/stream", ""),
+        ("GET", "/api/chat//stream", ""),
+    ],
+)
+def test_a_route_is_a_method_and_a_path_with_the_streams_name(method: str, path: str, name: str) -> None:
+    assert stream_routes("--x", ["GET /api/chat/{stream}/stream", "GET /v2/{stream}"])(method, path) == name
+    assert stream_routes("--x", [])(method, path) == ""
+
+
+@pytest.mark.parametrize("route", ["", "GET", "/a/{stream}", "get /a/{stream}", "GET /a", "GET a/{stream}"])
+def test_a_route_that_cannot_be_read_stops_the_start_and_names_its_flag(route: str) -> None:
+    with pytest.raises(StartupError, match="--resume-route"):
+        stream_routes("--resume-route", [route])
 
 
 @given(st.binary())

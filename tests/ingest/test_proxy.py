@@ -657,6 +657,8 @@ def small(
         abandon_s=0.5,
         stream_from=["path:/named/{stream}", "body:/id", "header:X-Chat"],
         passthrough=["/free/*"],
+        resume_route="GET /named/{stream}/stream",
+        stop_route="POST /named/{stream}/stop",
     ) as process:
         yield process
 
@@ -1208,3 +1210,29 @@ def test_a_run_that_relay_is_asked_to_call_upstream_for(
     assert received.body == '{"a":["\u00fc"]}'.encode()
     names = {key for key, _ in received.headers}
     assert names == {"host", "x-mine", "content-type", "content-length", "accept-encoding"}
+
+
+# --- routes that a client calls already ---------------------------------------------------------------
+
+
+def test_a_page_reloaded_gets_its_streams_current_answer_in_its_own_format_and_can_stop_it(
+    small: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    path = f"/named/{name}"
+    assert ask(small, "GET", f"{path}/stream").status == 204
+    assert ask(small, "POST", f"{path}/stop", body=b"{}").status == 204
+    closed = endless(upstream, path, CHUNK)
+    with Reading(small.url + path, "POST", b"{}") as first, Reading(f"{small.url}{path}/stream") as second:
+        assert second.headers["content-type"] == "text/event-stream"
+        assert [block.data for block in second.take(1)] == [block.data for block in first.take(1)]
+        stopped = ask(small, "POST", f"{path}/stop", body=b"{}")
+        assert (stopped.status, json.loads(stopped.body)["reason"]) == (200, "client_cancel")
+        for reading in (first, second):
+            assert json.loads(reading.take(1)[0].data)["error"]["code"] == "client_cancel"
+    assert closed.wait(60)
+    assert ask(small, "GET", f"{path}/stream").status == 204
+    assert ask(small, "POST", f"{path}/stop", body=b"{}").status == 204
+    assert upstream.calls(f"{path}/stream") == upstream.calls(f"{path}/stop") == 0
+    assert ask(small, "GET", "/named/a%2Fb/stream").problem["code"] == "invalid_name"
+    assert ask(small, "PUT", f"{path}/stop").status == 404, "other methods are upstream's"
+    assert upstream.calls(f"{path}/stop") == 1
