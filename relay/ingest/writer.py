@@ -75,6 +75,8 @@ class RunWriter:
         self.run = opening.run
         self.next_seq = 1
         self.acknowledged = ORIGIN
+        self.heard_at = _now()
+        """When the journal last took something of the run, on the loop's clock."""
         self.ended: Ending | None = None
         self.lost = False
         self._journal = journal
@@ -212,7 +214,7 @@ class RunWriter:
         for event, data in events:
             size += len(data)
             flat += event, data
-        now = _now()
+        now = self.heard_at = _now()
         self._held.append((before, last.seq, last.ms, producer_seq, text_bytes, size, now, *flat))
         self._held_bytes += size
         self._memory.bytes += size
