@@ -26,8 +26,8 @@ class Listener:
         self.status = 0
         self.answer_headers: dict[str, str] = {}
         self.whole: bool | None = None
-        self._session = session
-        self._url = url
+        self.session = session
+        self.url = url
         self._method = method
         self._headers = {name.replace("_", "-"): value for name, value in headers.items()}
         self._news = asyncio.Event()
@@ -38,7 +38,7 @@ class Listener:
         self.whole = None
         headers = self._headers | ({"Last-Event-ID": self.last_id} if self.last_id else {})
         try:
-            async with self._session.request(self._method, self._url, headers=headers) as response:
+            async with self.session.request(self._method, self.url, headers=headers) as response:
                 self.status = response.status
                 self.answer_headers = {name.lower(): value for name, value in response.headers.items()}
                 self._news.set()
@@ -51,7 +51,8 @@ class Listener:
         return self
 
     async def _read(self, response: aiohttp.ClientResponse) -> None:
-        event, data, id_, pending = "", [], self.last_id, b""
+        event, id_, pending = "", self.last_id, b""
+        data: list[str] = []
         async for piece in response.content.iter_any():
             *lines, pending = (pending + piece).split(b"\n")
             for line in lines:

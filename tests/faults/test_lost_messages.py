@@ -101,7 +101,7 @@ async def leave(audience: Audience) -> None:
     assert_answered_once(audience.client, WORDS)
     for reader in audience.readers:
         assert_heard_once(reader, WORDS)
-    await audience.client._session.close()
+    await audience.client.session.close()
 
 
 def await_followers(redis_server: RedisServer, name: str) -> None:

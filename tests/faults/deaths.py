@@ -1,0 +1,310 @@
+"""Processes that die, stand still, or are told to go, while runs are open: one scene a fault."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import aiohttp
+from faults.agent import CHAT
+from faults.listener import Listener, all_of
+from faults.pair import Followed, Pair, followed, fresh_sessions, late, reader_of, until
+from faults.tally import Tally, kept_of, shown_to
+from own_journal import own_journal
+from redis_server import RedisServer
+from relay_process import RelayProcess
+
+from relay.journal.base import RunOpening
+from relay.limits import Retention
+
+KILLED, PAUSED, DRAINED = "owner killed", "owner paused beyond its lease", "owner drained"
+DRAIN_KILLED = "owner killed while it drained"
+
+DIALECTS = ("raw", CHAT)
+
+
+async def begin(sessions: aiohttp.ClientSession, pair: Pair, runs: int, **agent: Any) -> list[Followed]:
+    """Turns of both kinds: those whose format can say an error, and those that can only break off."""
+    turns = [followed(sessions, pair, dialect=DIALECTS[n % 2], **agent) for n in range(runs)]
+    return list(await asyncio.gather(*turns))
+
+
+async def ended_elsewhere(turns: list[Followed]) -> None:
+    """Wait until the readers at the other relay have seen the end of every run."""
+    await all_of([turn.reading for turn in turns])
+
+
+async def owner_killed(pair: Pair, rng: Random, tally: Tally, runs: int = 4) -> None:
+    """kill -9 at a random frame: readers see what was accepted, once, then that the owner was lost."""
+    async with fresh_sessions() as sessions:
+        turns = await begin(sessions, pair, runs)
+        await turns[0].client.has(rng.randint(1, 40))
+        await asyncio.sleep(rng.uniform(0, 0.01))  # between two frames, too
+        pair.owner.kill()
+        tally.inject(KILLED)
+        replaced = asyncio.create_task(pair.replace_owner())
+        for turn in turns:
+            await turn.turn.await_over()
+            assert turn.turn.closed
+        await ended_elsewhere(turns)
+        await all_of([turn.answer for turn in turns])
+        await replaced
+        for turn in turns:
+            kept = await turn.kept(pair.other)
+            at_both = [await late(sessions, relay, turn) for relay in (pair.owner, pair.other)]
+            assert turn.count(tally, KILLED, kept, whole=[turn.reader, *at_both]) == "owner_lost"
+            assert_told_alike(turn, at_both)
+            assert turn.client.whole is False
+
+
+def assert_told_alike(turn: Followed, others: list[Listener]) -> None:
+    """Whoever reads the run, and whenever, is shown the same bytes under the same ids, and one ending."""
+    for listener in (turn.reader, *others):
+        assert shown_to(listener) == shown_to(turn.reader)
+        assert listener.seqs() == list(range(1, len(listener.seqs()) + 1))
+        assert len(listener.endings()) == 1
+        assert not {"gap", "reset"}.intersection(listener.types())
+
+
+async def owner_paused(pair: Pair, rng: Random, tally: Tally, runs: int = 4) -> None:
+    """A process stands still beyond its lease and goes on: nothing it still says is taken any more."""
+    async with fresh_sessions() as sessions:
+        turns = await begin(sessions, pair, runs)
+        await turns[0].client.has(rng.randint(1, 40))
+        os.kill(pair.owner.pid, signal.SIGSTOP)
+        tally.inject(PAUSED)
+        try:
+            said_before = [len(turn.turn.said) for turn in turns]
+            await ended_elsewhere(turns)
+            kept = [await turn.kept(pair.other) for turn in turns]
+            assert not any(turn.turn.over.is_set() for turn in turns)  # it holds its connections
+        finally:
+            os.kill(pair.owner.pid, signal.SIGCONT)
+        for turn, before in zip(turns, said_before, strict=True):
+            await turn.turn.await_over()
+            assert turn.turn.closed
+            assert len(turn.turn.said) > before  # it came back to frames that it had not read
+        await all_of([turn.answer for turn in turns])
+        for turn, journaled in zip(turns, kept, strict=True):
+            # The client was shown the journal to its end: in its format where that can say so.
+            assert turn.client.whole is (turn.agent.dialect == CHAT)
+            after = await turn.kept(pair.owner)
+            assert after == journaled
+            at_both = [await late(sessions, relay, turn) for relay in (pair.owner, pair.other)]
+            assert turn.count(tally, PAUSED, after, whole=[turn.reader, *at_both]) == "owner_lost"
+            assert_told_alike(turn, at_both)
+            shown = [frame.data for frame in after if frame.event != "relay"]
+            assert turn.client.data == shown
+        await goes_on(sessions, pair, pair.owner)
+
+
+async def goes_on(sessions: aiohttp.ClientSession, pair: Pair, relay: RelayProcess) -> None:
+    """A relay serves a new run from its start to its end."""
+    turn = await followed(sessions, pair, at=relay, words=20, pace_s=0.001)
+    turn.agent.end()
+    await all_of([turn.answer, turn.reading])
+    assert turn.client.whole
+    assert turn.client.data == turn.reader.data == turn.turn.said
+    assert [end["reason"] for end in turn.reader.endings()] == ["upstream_end"]
+
+
+async def both_judge(server: RedisServer, prefix: str) -> None:
+    """Wait until somebody was found dead: whatever the reapers hold against the living, they acted on."""
+    stream = f"dead-{secrets.token_hex(4)}"
+    async with own_journal(server.url(), prefix) as journal:
+        opening = RunOpening(stream, "r", "w", f"token-{stream}", Retention(), owner=f"nobody-{stream}")
+        await journal.open_run(opening)
+
+        async def is_over() -> bool:
+            return bool((await journal.run(stream, "r")).ended_ms)
+
+        await until(is_over)
+
+
+Outage = tuple[Callable[[RedisServer], None], Callable[[RedisServer], None]]
+
+OUTAGES: dict[str, Outage] = {
+    "Redis paused for three leases": (RedisServer.pause, RedisServer.resume),
+    "Redis killed for three leases": (RedisServer.kill, RedisServer.restart),
+}
+
+
+async def redis_away(pair: Pair, rng: Random, tally: Tally, outage: str, runs: int = 4) -> None:
+    """Nobody can renew a lease, or be heard of, for longer than it takes to be held for dead."""
+    take_away, bring_back = OUTAGES[outage]
+    lease_s = pair.settings["owner_lease_s"]
+    async with fresh_sessions() as sessions:
+        turns = await begin(sessions, pair, runs // 2)
+        turns += [
+            await followed(sessions, pair, at=pair.other, read_at=pair.owner, dialect=DIALECTS[n % 2])
+            for n in range(runs - runs // 2)
+        ]
+        pushers = [Pusher(sessions, pair.by_url(""), beats, idle_timeout_s=2 * lease_s) for beats in (0, 1)]
+        for pusher in pushers:
+            await pusher.open()
+        pushing = [asyncio.create_task(pusher.push()) for pusher in pushers]
+        await asyncio.gather(*(pusher.has(3) for pusher in pushers))
+        await both_judge(pair.server, pair.prefix)
+        await turns[0].client.has(len(turns[0].client.data) + rng.randint(1, 20))
+        await asyncio.to_thread(take_away, pair.server)
+        tally.inject(outage)
+        try:
+            await asyncio.sleep(3 * lease_s)  # the outage itself
+        finally:
+            await asyncio.to_thread(bring_back, pair.server)
+        await both_judge(pair.server, pair.prefix)
+        for pusher in pushers:
+            await pusher.has(pusher.accepted + 3)
+            pusher.finish()
+        for turn in turns:
+            await turn.client.has(len(turn.client.data) + 3)
+            turn.agent.stop_speaking()
+        await ended_elsewhere(turns)
+        await all_of([turn.answer for turn in turns])
+        await asyncio.gather(*pushing)
+        for turn in turns:
+            kept = await turn.kept(pair.other)
+            reason = turn.count(tally, outage, kept, whole=[turn.reader], cut=[turn.client])
+            assert reason == "upstream_end"
+            assert turn.client.whole
+            assert turn.client.data == turn.reader.data == turn.turn.said
+        for pusher in pushers:
+            kept = await kept_of(sessions, pair.other, pusher.stream)
+            assert tally.count(outage, kept, pusher.said) == "producer_end"
+
+
+class Pusher:
+    """Pushes numbered frames until it is told to finish, and asks again, at the other relay, until it is
+    answered. With `beats`, it is silent between its frames but for heartbeats."""
+
+    def __init__(
+        self, sessions: aiohttp.ClientSession, urls: tuple[str, ...], beats: int, **wishes: Any
+    ) -> None:
+        self.stream = f"p-{secrets.token_hex(6)}"
+        self.said: list[str] = []
+        self.accepted = 0
+        self._sessions = sessions
+        self._urls = list(urls)
+        self._beats = beats
+        self._wishes = wishes
+        self._finishing = False
+        self._news = asyncio.Event()
+
+    async def open(self) -> None:
+        opened = await self._ask("runs", self._wishes | {"run": "turn"})
+        self._writer = opened["writer"]
+
+    async def push(self) -> None:
+        """One frame after the other, then the end."""
+        while not self._finishing:
+            self.said.append(f"pushed-{len(self.said)}")
+            headers = {"Relay-Seq": str(len(self.said))}
+            await self._ask("runs/turn/frames", [{"data": self.said[-1]}], headers)
+            self.accepted += 1
+            self._news.set()
+            for _ in range(self._beats):
+                await asyncio.sleep(0.05)
+                assert (await self._ask("runs/turn/heartbeat", {}))["status"] == "open"
+            await asyncio.sleep(0.05)
+        await self._ask("runs/turn/end", {"status": "completed"})
+
+    def finish(self) -> None:
+        self._finishing = True
+
+    async def has(self, count: int) -> None:
+        """Wait until so many frames were accepted."""
+        async with asyncio.timeout(60):
+            while self.accepted < count:
+                self._news.clear()
+                await self._news.wait()
+
+    async def _ask(self, what: str, body: Any, headers: dict[str, str] | None = None) -> Any:
+        writer = {"Relay-Writer": self._writer} if hasattr(self, "_writer") else {}
+        async with asyncio.timeout(60):
+            while True:
+                url = f"{self._urls[0]}/relay/v1/streams/{self.stream}/{what}"
+                try:
+                    async with self._sessions.post(url, json=body, headers=writer | (headers or {})) as got:
+                        if got.status < 300:
+                            return await got.json()
+                        assert got.status == 503, await got.text()
+                except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
+                    pass
+                self._urls.append(self._urls.pop(0))
+                await asyncio.sleep(0.02)
+
+
+# Told to go
+
+
+async def owner_drained(pair: Pair, rng: Random, tally: Tally, runs: int = 4) -> None:
+    """SIGTERM: some runs end within the grace, the others after it; readers go on at the other relay."""
+    async with fresh_sessions() as sessions:
+        turns = await begin(sessions, pair, runs)
+        sent_away = [reader_of(sessions, pair.owner, turn.stream, turn.run) for turn in turns]
+        leaving = [asyncio.create_task(reader.listen()) for reader in sent_away]
+        for reader in sent_away:
+            await reader.has(1)
+        await turns[0].client.has(rng.randint(1, 20))
+        drained = pair.owner
+        drained.process.send_signal(signal.SIGTERM)
+        tally.inject(DRAINED)
+        await all_of(leaving)
+        for reader, turn in zip(sent_away, turns, strict=True):
+            assert reader.controls[-1]["type"] == "bye"
+            assert reader.controls[-1]["reason"] == "drain"
+            assert not turn.turn.over.is_set()  # the run has the grace
+            reader.url = reader_of(sessions, pair.other, turn.stream, turn.run).url
+        rest = [asyncio.create_task(reader.listen()) for reader in sent_away]
+        quick, endless = turns[: runs // 2], turns[runs // 2 :]
+        for turn in quick:
+            await turn.client.has(len(turn.client.data) + rng.randint(1, 10))
+            turn.agent.stop_speaking()
+        await ended_elsewhere(turns)
+        await all_of([turn.answer for turn in turns])
+        await all_of(rest)
+        assert await asyncio.to_thread(drained.process.wait, 60) == 0
+        for turn in endless:
+            await turn.turn.await_over()
+            assert turn.turn.closed
+        await pair.replace_owner()
+        await both_judge(pair.server, pair.prefix)
+        for turn, reader in zip(turns, sent_away, strict=True):
+            kept = await turn.kept(pair.other)
+            reason = turn.count(tally, DRAINED, kept, whole=[turn.reader, reader])
+            assert reason == ("upstream_end" if turn in quick else "shutdown")
+            assert turn.client.whole is (turn in quick or turn.agent.dialect == CHAT)
+            assert reader.connections == 2
+            if turn in quick:
+                assert reader.data == turn.turn.said
+
+
+async def killed_while_draining(pair: Pair, rng: Random, tally: Tally, runs: int = 4) -> None:
+    """SIGTERM, and kill -9 within the grace: the runs it still had are found like those of any dead."""
+    async with fresh_sessions() as sessions:
+        turns = await begin(sessions, pair, runs)
+        drained = pair.owner
+        drained.process.send_signal(signal.SIGTERM)
+
+        async def is_draining() -> bool:
+            # Runs go on, so what shows is that it takes no new ones.
+            try:
+                async with sessions.get(f"{drained.url}/relay/readyz") as answer:
+                    return answer.status == 503
+            except aiohttp.ClientConnectionError:
+                return True
+
+        await until(is_draining)
+        await turns[0].client.has(len(turns[0].client.data) + rng.randint(1, 10))
+        drained.kill()
+        tally.inject(DRAIN_KILLED)
+        replaced = asyncio.create_task(pair.replace_owner())
+        await ended_elsewhere(turns)
+        await replaced
+        for turn in turns:
+            assert turn.count(tally, DRAIN_KILLED, await turn.kept(pair.other)) == "owner_lost"

@@ -1,0 +1,79 @@
+"""A process dies, stands still, or is told to go: every run of its has one ending, seen everywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+from faults import deaths
+from faults.listener import all_of
+from faults.pair import FAST, Pair, followed, fresh_sessions
+from faults.tally import Tally
+from redis_server import RedisServer
+from scripted_upstream import ScriptedUpstream
+
+
+@pytest.fixture(scope="module")
+def pair(redis_server: RedisServer, upstream: ScriptedUpstream) -> Iterator[Pair]:
+    with Pair.running(redis_server, upstream, **FAST, drain_grace_s=2) as pair:
+        yield pair
+
+
+@pytest.fixture
+def tally() -> Iterator[Tally]:
+    """What the test counted, checked at its end."""
+    tally = Tally()
+    yield tally
+    print(tally)
+    tally.assert_clean()
+
+
+def test_p3_runs_of_an_owner_killed_at_any_frame_end_owner_lost_once(
+    pair: Pair, seed: int, tally: Tally
+) -> None:
+    """A reader elsewhere sees each frame that was accepted once, then the ending; so does who comes later."""
+    rng = Random(seed)
+    for _ in range(3):
+        asyncio.run(deaths.owner_killed(pair, rng, tally))
+
+
+def test_p4_a_zombie_is_fenced_lets_upstream_go_and_serves_new_runs(
+    pair: Pair, seed: int, tally: Tally
+) -> None:
+    asyncio.run(deaths.owner_paused(pair, Random(seed), tally))
+
+
+def test_a_drain_ends_runs_once_and_its_readers_go_on_elsewhere(pair: Pair, seed: int, tally: Tally) -> None:
+    asyncio.run(deaths.owner_drained(pair, Random(seed), tally))
+
+
+def test_p3_runs_of_an_owner_killed_in_its_drain_end_once(pair: Pair, seed: int, tally: Tally) -> None:
+    asyncio.run(deaths.killed_while_draining(pair, Random(seed), tally))
+
+
+@pytest.mark.parametrize("outage", deaths.OUTAGES)
+def test_an_outage_of_three_leases_ends_no_run_of_the_living(
+    lasting_redis: RedisServer, upstream: ScriptedUpstream, seed: int, tally: Tally, outage: str
+) -> None:
+    with Pair.running(lasting_redis, upstream, **FAST) as pair:
+        asyncio.run(deaths.redis_away(pair, Random(seed), tally, outage))
+
+
+def test_p3_with_default_settings_a_dead_owner_is_found_and_how_soon_is_printed(
+    redis_server: RedisServer, upstream: ScriptedUpstream
+) -> None:
+    async def scene(pair: Pair) -> None:
+        async with fresh_sessions() as sessions:
+            turn = await followed(sessions, pair)
+            await turn.client.has(10)
+            began = time.monotonic()
+            pair.owner.kill()
+            await all_of([turn.reading])
+            print(f"owner_lost seen by a reader elsewhere {time.monotonic() - began:.1f} s after kill -9")
+            assert [end["reason"] for end in turn.reader.endings()] == ["owner_lost"]
+
+    with Pair.running(redis_server, upstream) as pair:
+        asyncio.run(scene(pair))
