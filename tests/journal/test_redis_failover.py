@@ -240,15 +240,13 @@ def test_frames_that_no_replica_had_are_put_back_under_their_ids(
                 ]
                 pending = {"r1": (first, lost_of_first), "r2": (second, lost_of_second)}
                 waited: list[JournalError] = []
-                while pending:
-                    for run in list(pending):
-                        of_run, lost = pending[run]
-                        try:
-                            for held in lost:
-                                await journal.restore(of_run, held)
-                            del pending[run]
-                        except Rewound as error:
-                            waited.append(error)
+                for run in ("r1", "r2") * 3:
+                    of_run, lost = pending[run]
+                    try:
+                        for held in lost:
+                            await journal.restore(of_run, held)
+                    except Rewound as error:
+                        waited.append(error)
                 assert [type(error) for error in waited] == [Rewound] * 3
                 assert [error.extra["last_seq"] for error in waited] == [2, 3, 5]
                 assert await read_all(journal, "s") == before
@@ -301,6 +299,25 @@ def test_what_others_wrote_in_the_place_of_lost_frames_stays(pair: tuple[RedisSe
                     with pytest.raises(Diverged):
                         await persistently(lambda of_run=of_run, held=held: journal.restore(of_run, held))  # type: ignore[misc]
                 assert await read_all(journal, "s") == frames
+
+    asyncio.run(scenario())
+
+
+def test_frames_that_do_not_follow_what_the_run_has_are_not_put_in(redis_server: RedisServer) -> None:
+    """Their place in the stream is free, and yet they are not the run's next ones."""
+
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="next") as (journal, _):
+            run = opening("s", "r1", owner="me")
+            await journal.open_run(run)
+            last = (await journal.append(batch("s", 1, b"x"))).last
+            held = Held(Cursor(last.seq + 1, last.ms), 2, [Event("e", b"y")], 0)
+            for producer_seq in (1, 3):
+                with pytest.raises(Diverged):
+                    await journal.restore(run, held._replace(producer_seq=producer_seq))
+            await journal.restore(run, held)
+            assert [frame.data for frame in (await read_all(journal, "s"))[1:]] == [b"x", b"y"]
+            assert (await journal.run("s", "r1")).frames == 2
 
     asyncio.run(scenario())
 
