@@ -75,6 +75,7 @@ SUPERSEDES_MAX = 100
 ANSWER_MAX_BYTES = 16 * 1024
 """Bound of the answer head kept for later responses; beyond it only the content type is kept."""
 
+_SHUTTING_DOWN = "This relay is shutting down."
 _TOO_MANY_RUNS = "This relay has as many open runs as it may."
 
 CLAIM_POLL_S = 0.1
@@ -281,7 +282,7 @@ class Proxy:
         A client that leaves meanwhile does not stop this: whether the answer is a run, which goes on without
         it, shows only when upstream's head is there."""
         if self._draining:
-            raise Busy("This relay is shutting down.")
+            raise Busy(_SHUTTING_DOWN)
         if self.passes(call.path):
             answer = await self._call(call, call.body)
             return Passed(answer, end_to_end(answer.headers))
@@ -413,7 +414,9 @@ class Proxy:
         background. An answer that is no stream becomes one frame, or the error that the run fails with.
 
         Raises `Busy`, `InvalidName`, `InvalidParameter`, and what `Journal.open_run` raises."""
-        if self._draining or self._is_full:
+        if self._draining:
+            raise Busy(_SHUTTING_DOWN)
+        if self._is_full:
             raise Busy(_TOO_MANY_RUNS)
         if wishes.dialect and wishes.dialect not in BY_NAME:
             raise InvalidParameter(f"A dialect is one of {', '.join(BY_NAME)}.")
@@ -573,7 +576,7 @@ class Proxy:
             if call.client_gone():
                 raise ClientGone
             if self._draining:
-                raise Busy("This relay is shutting down.")
+                raise Busy(_SHUTTING_DOWN)
             await asyncio.sleep(CLAIM_POLL_S)
             info = await self._known(stream, run)
         return RunAnswer.of(stream, info, self.pump(stream, run))
