@@ -218,8 +218,12 @@ class RedisJournal:
         listing = self._listing(stream)
         _, reply, _ = await self._together(listing, command, listing)
         created, retention_ms, *tokens = reply
-        for run, token in zip(tokens[::2], tokens[1::2], strict=True):
-            self._send(self._token_hint(token.decode(), stream, run.decode(), retention_ms))
+        self._send(
+            *(
+                self._token_hint(token.decode(), stream, run.decode(), retention_ms)
+                for run, token in zip(tokens[::2], tokens[1::2], strict=True)
+            )
+        )
         return bool(created)
 
     async def seal(self, stream: str) -> None:
@@ -239,9 +243,11 @@ class RedisJournal:
         end = packed_ending(ending(Reason.STREAM_DELETED), {})
         reply = await self._script(self._writing, scripts.DELETE, keys[:7], (*arguments, end, TOMBSTONE_MS))
         self._largest.pop(stream, None)
+        gone: list[bytes] = []
         for run, token, owner in zip(reply[::3], reply[1::3], reply[2::3], strict=True):
-            self._send(pack(b"UNLINK", self._token_key(token.decode())))
-            self._send(*self._off_indexes(stream, run.decode(), owner.decode()))
+            gone.append(pack(b"UNLINK", self._token_key(token.decode())))
+            gone += self._off_indexes(stream, run.decode(), owner.decode())
+        self._send(*gone)
         await self._forget([stream])
 
     # Runs.
@@ -274,9 +280,10 @@ class RedisJournal:
             Cursor(reply[5], reply[4]),
         )
         superseded, after = (tuple(names.decode().split()) for names in reply[7:9])
-        for run, seq, owner, delivery in reply[9]:
-            self._file(stream, run.decode(), Cursor(seq, last.ms), owner.decode(), delivery)
-        if not reply[9]:
+        if len(reply) > 9:
+            for run, seq, owner, delivery in reply[9]:
+                self._file(stream, run.decode(), Cursor(seq, last.ms), owner.decode(), delivery)
+        else:
             for run in superseded:  # whoever asked before may not have come to file their endings
                 await self.file_ending(stream, run)
         return Opened(start, first, last, superseded, reply[6], after)
@@ -714,6 +721,8 @@ class RedisJournal:
 
     def _send(self, *commands: bytes) -> asyncio.Future[Any] | None:
         """Commands whose answer nobody waits for, and whose failure is of no consequence."""
+        if not commands:
+            return None
         try:
             answer = _lane(self._writing).submit(b"".join(commands), len(commands))
         except JournalUnavailable:

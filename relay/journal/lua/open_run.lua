@@ -3,7 +3,9 @@
 -- ARGV: 1 stream  2 run  3 channel  4 prefix of owners' channels  5 what tells followers of a sealing
 --       6 opening  7 data of run.started  8 if_busy  9 ending of superseded runs  10… runs to supersede
 -- Replies: {'ok', start seq, start ms, first seq, first ms, last seq, frames after,
---           superseded runs, runs after (both joined by spaces), {run, last seq, owner, delivery} of each ended now}
+--           superseded runs, runs after (both joined by spaces),
+--           {run, last seq, owner, delivery} of each ended now;
+--           the last is left out when the run was opened before}
 --          | {'run_exists'} | {'stream_sealed'} | {'stream_busy', runs} | {'unknown_run', run}
 
 local frames, meta, index, open, runs, run = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -15,7 +17,7 @@ local known = call('HMGET', run, 'writer', 'start_seq', 'start_ms', 'first_seq',
 if known[1] then
   if known[1] ~= opening.writer then return {'run_exists'} end
   return {'ok', tonumber(known[2]), tonumber(known[3]), tonumber(known[4]), tonumber(known[5]),
-    tonumber(known[6] or known[4]), tonumber(known[7] or 0), known[8] or '', known[9] or '', {}}
+    tonumber(known[6] or known[4]), tonumber(known[7] or 0), known[8] or '', known[9] or ''}
 end
 
 local now = clock_ms()
