@@ -231,7 +231,9 @@ class FrameRoutes:
         """`POST …/runs/{run}/end`: `{status, reason?, error?}`."""
         stream, run = _stream_and_run(request)
         writer = _writer(request)
-        given = await _members(request, ("status", "reason", "error"))
+        # An error text may be of any length; it is cut, and the run ends all the same.
+        longest = self._app.settings.buffered_body_max_bytes
+        given = await _members(request, ("status", "reason", "error"), longest)
         reasons = _PRODUCERS_REASONS.get(_word(given, "status", tuple(_PRODUCERS_REASONS)) or "", ())
         if not reasons:
             raise InvalidParameter("'status' is missing.", parameter="status")
@@ -403,16 +405,18 @@ async def _whole_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-async def _json_body(request: Request) -> bytes:
-    body = await _whole_body(request, OPTIONS_MAX_BYTES)
+async def _json_body(request: Request, max_bytes: int = OPTIONS_MAX_BYTES) -> bytes:
+    body = await _whole_body(request, max_bytes)
     if body:
         _check_json(_media_type(request))
     return body
 
 
-async def _members(request: Request, known: tuple[str, ...]) -> dict[str, Any]:
+async def _members(
+    request: Request, known: tuple[str, ...], max_bytes: int = OPTIONS_MAX_BYTES
+) -> dict[str, Any]:
     """The members of a JSON body that are given; of an empty one, none."""
-    return _known_members(await _json_body(request), known)
+    return _known_members(await _json_body(request, max_bytes), known)
 
 
 def _known_members(body: bytes, known: tuple[str, ...]) -> dict[str, Any]:
