@@ -79,6 +79,7 @@ class Noting:
         self.real = real
         self.outcomes: asyncio.Queue[tuple[str, str | float]] = asyncio.Queue()
         """Run, and `settled` or the pause in seconds."""
+        self.settled = 0
         self.lease_s: float | None = None
         self.failures: list[Exception] = []
         """Raised by the next claims and looks at a run, one each."""
@@ -100,6 +101,7 @@ class Noting:
 
     async def settle_delivery(self, stream: str, run: str) -> None:
         await self.real.settle_delivery(stream, run)
+        self.settled += 1
         self.outcomes.put_nowait((run, "settled"))
 
     async def postpone_delivery(self, stream: str, run: str, delay_s: float) -> None:
@@ -408,7 +410,7 @@ def test_only_so_many_are_under_way_at_once_and_the_others_follow(
         async def count(claimed: Sequence[Delivery]) -> Sequence[Delivery]:
             nonlocal claims, most_claimed
             claims += len(claimed)
-            most_claimed = max(most_claimed, claims - scene.journal.outcomes.qsize())
+            most_claimed = max(most_claimed, claims - scene.journal.settled)
             return claimed
 
         for number in range(3 * CONCURRENT_MAX):
