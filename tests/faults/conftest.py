@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
+from faults.tally import Tally
 from redis_server import RedisServer
 
 SOAK = os.environ.get("RELAY_SOAK") == "1"
@@ -33,3 +34,12 @@ def seed() -> int:
 @pytest.fixture
 def soak() -> bool:
     return SOAK
+
+
+@pytest.fixture
+def tally() -> Iterator[Tally]:
+    """What the test counted, checked at its end."""
+    tally = Tally()
+    yield tally
+    print(tally)
+    tally.assert_clean()

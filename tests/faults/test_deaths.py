@@ -22,15 +22,6 @@ def pair(redis_server: RedisServer, upstream: ScriptedUpstream) -> Iterator[Pair
         yield pair
 
 
-@pytest.fixture
-def tally() -> Iterator[Tally]:
-    """What the test counted, checked at its end."""
-    tally = Tally()
-    yield tally
-    print(tally)
-    tally.assert_clean()
-
-
 def test_p3_runs_of_an_owner_killed_at_any_frame_end_owner_lost_once(
     pair: Pair, seed: int, tally: Tally
 ) -> None:
