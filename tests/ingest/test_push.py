@@ -17,12 +17,14 @@ import pytest
 from deaf_follower import DeafFollower
 from producing import Answer, LongBody, Producer, ask
 from reading import Reading
+from redis_server import RedisServer
 from relay_process import RelayProcess
+from rewinding import rewinding
 from run_record import whole_run
 from tcp_proxy import TcpProxy
 
 from relay.cursor import ORIGIN
-from relay.errors import Busy, JournalUnavailable, RunEnded
+from relay.errors import Busy, JournalUnavailable, Rewound, RunEnded, SequenceGap
 from relay.frame import Event
 from relay.ingest.formats import Lines
 from relay.ingest.owned import OwnedRuns
@@ -623,6 +625,41 @@ def test_p3_a_whole_run_that_the_journal_did_not_take_ends_when_it_is_back(tmp_p
         assert info.status != "open"
 
     check(scene, tmp_path, journal_deadline_s=1e-300)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_frames_that_the_journal_lost_are_asked_of_their_producer(
+    tmp_path: Path, redis_server: RedisServer, kind: str
+) -> None:
+    """In the midst of a long body too: numbered frames leave a gap, others are told that some are lost."""
+
+    async def scene() -> None:
+        async with rewinding(kind, tmp_path, redis_server) as journal:
+            settings = Settings()
+            owned = OwnedRuns(settings, lambda *ended: None)
+            pushes = Pushes(journal, settings, owned, lambda *ended: None)
+            turn = await pushes.open(PushOpening("s", RunWishes()))
+            await pushes.push("s", turn.run, turn.writer, 1, [Event("", b"one")], nothing, None)
+            for seq, lost in ((2, SequenceGap), (0, Rewound)):
+                await journal.remember()
+                pieces = [b'{"data":"two"}\n', b'{"data":"three"}\n']
+
+                async def rewound(pieces: list[bytes] = pieces) -> Piece:
+                    if len(pieces) == 1:
+                        await journal.rewind()
+                    return Piece(pieces.pop(0), False)
+
+                with pytest.raises(lost) as raised:
+                    await pushes.push("s", turn.run, turn.writer, seq, Lines(100), rewound, None)
+                assert raised.value.extra["appended"] == 1
+                assert raised.value.extra.get("expected", 2) == 2
+            await pushes.push(
+                "s", turn.run, turn.writer, 2, [Event("", b"two"), Event("", b"three")], nothing, COMPLETED
+            )
+            frames = [frame.data for frame in await journal.frames("s") if not frame.is_control]
+            assert frames == [b"one", b"two", b"three"]
+
+    asyncio.run(scene())
 
 
 def test_p3_a_whole_run_ends_at_its_greatest_age(tmp_path: Path) -> None:
