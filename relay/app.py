@@ -96,7 +96,7 @@ class App:
         if self._upstream is not None:
             await self._upstream.start()
         await self._reaper.tick()  # no run is opened before the lease is held
-        work = [self._take_care(), self._keep_lease()]
+        work = [self._take_care(), self._keep_lease(), self._ask_for_own_runs()]
         if self._webhook is not None:
             work.append(self._webhook.run())
         self._workers = [asyncio.create_task(worker) for worker in work]
@@ -142,17 +142,22 @@ class App:
                 log.exception("care failed")
 
     async def _keep_lease(self) -> None:
-        """Renew the lease of this process's runs, look for those that others left, and ask for our own."""
+        """Renew the lease of this process's runs, and look for those that others left."""
         while True:
             began = self.tails.now()
             await self._reaper.tick()
+            await asyncio.sleep(max(0.0, began + self._reaper.tick_s - self.tails.now()))
+
+    async def _ask_for_own_runs(self) -> None:
+        """Find out what became of this process's runs. Apart from the lease, which must not wait for it."""
+        while True:
+            await asyncio.sleep(self._reaper.tick_s)
             try:
                 await self.owned.check(self.journal)
             except JournalError:
-                pass  # the reaper has said so
+                pass  # the reaper says so
             except Exception:
                 log.exception("owned runs could not be checked")
-            await asyncio.sleep(max(0.0, began + self._reaper.tick_s - self.tails.now()))
 
     def _run_ended(self, stream: str, run: str, end: Ending, text_bytes: int) -> None:
         """This process ended a run, its own or another's."""
