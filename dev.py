@@ -4,7 +4,8 @@
     python3 dev.py test  [args]   install what the tests need, then run pytest
     python3 dev.py check          ruff, mypy, and the style tests
     python3 dev.py bench [args]   run the benchmarks
-    python3 dev.py soak  [args]   run the model test for --seconds (600), from --seed on
+    python3 dev.py soak  [args]   run the model test, then the faults, each for --seconds (600), from --seed
+                                  on; `soak model` or `soak faults` runs one of them
     python3 dev.py setup          install everything the commands above need, and run nothing
 
 Only the standard library is used, and the syntax stays readable to older Pythons, so that one of them
@@ -35,6 +36,8 @@ STAMP = VENV / "relay-stamp"
 # One worker a core; each starts with a contiguous part of the tests, so module fixtures are made once or
 # twice, and takes from the other when done. `-n 0` after it turns this off.
 PYTEST = (str(PYTHON), "-m", "pytest", "-n", "auto", "--dist", "worksteal")
+
+SOAKS = ("model", "faults")
 
 
 class Tool(NamedTuple):
@@ -254,7 +257,12 @@ def bench(args: list[str]) -> int:
 def soak(args: list[str]) -> int:
     ensure_venv("test")
     ensure_tools(REDIS)
-    become(str(PYTHON), "tests/model/soak.py", *args)
+    kinds = [args.pop(0)] if args and args[0] in SOAKS else SOAKS
+    for kind in kinds:
+        code = run(str(PYTHON), f"tests/{kind}/soak.py", *args)
+        if code != 0:
+            return code
+    return 0
 
 
 COMMANDS = {"demo": demo, "test": test, "check": check, "bench": bench, "soak": soak, "setup": setup}

@@ -63,7 +63,15 @@ async def with_natural_end(
 ) -> bool:
     """One cancel, `lead_s` before upstream is told to end; whether it won."""
     dialect = rng.choice(("raw", CHAT))
-    turn = await followed(sessions, pair, words=rng.randint(1, 4), pace_s=0.001, dialect=dialect)
+    turn = await followed(
+        sessions,
+        pair.upstream,
+        pair.owner,
+        pair.other,
+        words=rng.randint(1, 4),
+        pace_s=0.001,
+        dialect=dialect,
+    )
     at = rng.choice((pair.owner, pair.other))
     cancelling: asyncio.Task[dict[str, Any]]
     if lead_s > 0:
@@ -112,7 +120,14 @@ async def cancelled_twice(pair: Pair, rng: Random, tally: Tally, runs: int = 8) 
     """Two cancels at once, one at each relay: one of them ends the run, both are told the same."""
 
     async def one() -> None:
-        turn = await followed(sessions, pair, pace_s=rng.uniform(0, 0.01), dialect=rng.choice(("raw", CHAT)))
+        turn = await followed(
+            sessions,
+            pair.upstream,
+            pair.owner,
+            pair.other,
+            pace_s=rng.uniform(0, 0.01),
+            dialect=rng.choice(("raw", CHAT)),
+        )
         tally.inject(TWICE)
         both = (cancel(sessions, relay, turn.stream, turn.run) for relay in (pair.owner, pair.other))
         answers = await asyncio.gather(*both)
@@ -129,9 +144,9 @@ async def cancelled_twice(pair: Pair, rng: Random, tally: Tally, runs: int = 8) 
 async def with_supersede(
     sessions: aiohttp.ClientSession, pair: Pair, rng: Random, tally: Tally, lead_s: float
 ) -> bool:
-    """One cancel, and at the other relay a regenerate of the same run; whether the cancel won. That the run was
-    superseded is told once, wherever that still has a place."""
-    turn = await followed(sessions, pair, words=rng.randint(1, 20), pace_s=0.001)
+    """One cancel, and at the other relay a regenerate of the same run; whether the cancel won. That the run
+    was superseded is told once, wherever that still has a place."""
+    turn = await pair.followed(sessions, words=rng.randint(1, 20), pace_s=0.001)
     new = Listener(sessions, f"{pair.other.url}/{turn.stream}", "POST", Relay_Supersedes=turn.run)
     tally.inject(SUPERSEDE)
     if lead_s > 0:
@@ -159,7 +174,7 @@ async def with_supersede(
 async def cancelled_unheard(pair: Pair, rng: Random, tally: Tally, runs: int = 4) -> None:
     """The owner is not woken: it finds out at its next renewal, though upstream is silent."""
     async with fresh_sessions() as sessions:
-        turns = [await followed(sessions, pair, words=rng.randint(1, 5), pace_s=0.001) for _ in range(runs)]
+        turns = [await pair.followed(sessions, words=rng.randint(1, 5), pace_s=0.001) for _ in range(runs)]
         for turn in turns:
             await turn.reader.has(len(turn.turn.said))
         seam = pair.seams[0]
@@ -182,7 +197,7 @@ async def cancelled_when_dead(pair: Pair, rng: Random, tally: Tally, runs: int =
     """The owner dies and its runs are cancelled: at once, or when the reaper is at them too."""
     lease_s = pair.settings["owner_lease_s"]
     async with fresh_sessions() as sessions:
-        turns = [await followed(sessions, pair, dialect=rng.choice(("raw", CHAT))) for _ in range(runs)]
+        turns = [await pair.followed(sessions, dialect=rng.choice(("raw", CHAT))) for _ in range(runs)]
         pair.owner.kill()
 
         async def stop(turn: Followed, after_s: float) -> dict[str, Any]:
@@ -208,7 +223,7 @@ async def resumed_and_cancelled(pair: Pair, rng: Random, tally: Tally, runs: int
     """A proxied client is cut, resumes at the other relay, is cancelled from the first, and comes again."""
 
     async def one(dialect: str) -> None:
-        turn = await followed(sessions, pair, dialect=dialect)
+        turn = await pair.followed(sessions, dialect=dialect)
         await turn.client.has(rng.randint(1, 20))
         turn.answer.cancel()
         await asyncio.gather(turn.answer, return_exceptions=True)

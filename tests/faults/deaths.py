@@ -14,6 +14,7 @@ import aiohttp
 from faults.agent import CHAT
 from faults.listener import Listener, all_of
 from faults.pair import Followed, Pair, followed, fresh_sessions, late, reader_of, until
+from faults.pusher import Pusher
 from faults.tally import Tally, kept_of, shown_to
 from own_journal import own_journal
 from redis_server import RedisServer
@@ -30,7 +31,7 @@ DIALECTS = ("raw", CHAT)
 
 async def begin(sessions: aiohttp.ClientSession, pair: Pair, runs: int, **agent: Any) -> list[Followed]:
     """Turns of both kinds: those whose format can say an error, and those that can only break off."""
-    turns = [followed(sessions, pair, dialect=DIALECTS[n % 2], **agent) for n in range(runs)]
+    turns = [pair.followed(sessions, dialect=DIALECTS[n % 2], **agent) for n in range(runs)]
     return list(await asyncio.gather(*turns))
 
 
@@ -105,7 +106,7 @@ async def owner_paused(pair: Pair, rng: Random, tally: Tally, runs: int = 4) -> 
 
 async def goes_on(sessions: aiohttp.ClientSession, pair: Pair, relay: RelayProcess) -> None:
     """A relay serves a new run from its start to its end."""
-    turn = await followed(sessions, pair, at=relay, words=20, pace_s=0.001)
+    turn = await followed(sessions, pair.upstream, relay, pair.other, words=20, pace_s=0.001)
     turn.agent.end()
     await all_of([turn.answer, turn.reading])
     assert turn.client.whole
@@ -141,10 +142,13 @@ async def redis_away(pair: Pair, rng: Random, tally: Tally, outage: str, runs: i
     async with fresh_sessions() as sessions:
         turns = await begin(sessions, pair, runs // 2)
         turns += [
-            await followed(sessions, pair, at=pair.other, read_at=pair.owner, dialect=DIALECTS[n % 2])
+            await followed(sessions, pair.upstream, pair.other, pair.owner, dialect=DIALECTS[n % 2])
             for n in range(runs - runs // 2)
         ]
-        pushers = [Pusher(sessions, pair.by_url(""), beats, idle_timeout_s=2 * lease_s) for beats in (0, 1)]
+        pushers = [
+            Pusher(sessions, (pair.owner.url, pair.other.url), beats, idle_timeout_s=2 * lease_s)
+            for beats in (0, 1)
+        ]
         for pusher in pushers:
             await pusher.open()
         pushing = [asyncio.create_task(pusher.push()) for pusher in pushers]
@@ -176,67 +180,6 @@ async def redis_away(pair: Pair, rng: Random, tally: Tally, outage: str, runs: i
         for pusher in pushers:
             kept = await kept_of(sessions, pair.other, pusher.stream)
             assert tally.count(outage, kept, pusher.said) == "producer_end"
-
-
-class Pusher:
-    """Pushes numbered frames until it is told to finish, and asks again, at the other relay, until it is
-    answered. With `beats`, it is silent between its frames but for heartbeats."""
-
-    def __init__(
-        self, sessions: aiohttp.ClientSession, urls: tuple[str, ...], beats: int, **wishes: Any
-    ) -> None:
-        self.stream = f"p-{secrets.token_hex(6)}"
-        self.said: list[str] = []
-        self.accepted = 0
-        self._sessions = sessions
-        self._urls = list(urls)
-        self._beats = beats
-        self._wishes = wishes
-        self._finishing = False
-        self._news = asyncio.Event()
-
-    async def open(self) -> None:
-        opened = await self._ask("runs", self._wishes | {"run": "turn"})
-        self._writer = opened["writer"]
-
-    async def push(self) -> None:
-        """One frame after the other, then the end."""
-        while not self._finishing:
-            self.said.append(f"pushed-{len(self.said)}")
-            headers = {"Relay-Seq": str(len(self.said))}
-            await self._ask("runs/turn/frames", [{"data": self.said[-1]}], headers)
-            self.accepted += 1
-            self._news.set()
-            for _ in range(self._beats):
-                await asyncio.sleep(0.05)
-                assert (await self._ask("runs/turn/heartbeat", {}))["status"] == "open"
-            await asyncio.sleep(0.05)
-        await self._ask("runs/turn/end", {"status": "completed"})
-
-    def finish(self) -> None:
-        self._finishing = True
-
-    async def has(self, count: int) -> None:
-        """Wait until so many frames were accepted."""
-        async with asyncio.timeout(60):
-            while self.accepted < count:
-                self._news.clear()
-                await self._news.wait()
-
-    async def _ask(self, what: str, body: Any, headers: dict[str, str] | None = None) -> Any:
-        writer = {"Relay-Writer": self._writer} if hasattr(self, "_writer") else {}
-        async with asyncio.timeout(60):
-            while True:
-                url = f"{self._urls[0]}/relay/v1/streams/{self.stream}/{what}"
-                try:
-                    async with self._sessions.post(url, json=body, headers=writer | (headers or {})) as got:
-                        if got.status < 300:
-                            return await got.json()
-                        assert got.status == 503, await got.text()
-                except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
-                    pass
-                self._urls.append(self._urls.pop(0))
-                await asyncio.sleep(0.02)
 
 
 # Told to go

@@ -56,9 +56,9 @@ class Pair:
         """The owner is gone: start another in its place."""
         self.owner = await asyncio.to_thread(self._start, 0)
 
-    def by_url(self, path: str) -> tuple[str, str]:
-        """A path at both relays."""
-        return f"{self.owner.url}{path}", f"{self.other.url}{path}"
+    async def followed(self, sessions: aiohttp.ClientSession, **agent: Any) -> Followed:
+        """A turn of the owner's, followed at the other."""
+        return await followed(sessions, self.upstream, self.owner, self.other, **agent)
 
     @property
     def prefix(self) -> str:
@@ -95,22 +95,21 @@ class Followed:
 
 async def followed(
     sessions: aiohttp.ClientSession,
-    pair: Pair,
-    *,
-    at: RelayProcess | None = None,
-    read_at: RelayProcess | None = None,
+    upstream: ScriptedUpstream,
+    at: RelayProcess,
+    read_at: RelayProcess,
     **agent: Any,
 ) -> Followed:
     """Begin a turn, and return when its client and its reader have heard of it."""
-    speaker = Agent(pair.upstream, f"s-{secrets.token_hex(6)}", **agent)
-    client = Listener(sessions, f"{(at or pair.owner).url}/{speaker.stream}", "POST")
+    speaker = Agent(upstream, f"s-{secrets.token_hex(6)}", **agent)
+    client = Listener(sessions, f"{at.url}/{speaker.stream}", "POST")
     answer = asyncio.create_task(client.listen())
     await client.has(1)
     assert client.status == 200
-    reader = reader_of(sessions, read_at or pair.other, speaker.stream, client.answer_headers["relay-run"])
+    run = client.answer_headers["relay-run"]
+    reader = reader_of(sessions, read_at, speaker.stream, run)
     reading = asyncio.create_task(reader.listen())
     await reader.has(1)
-    run = client.answer_headers["relay-run"]
     return Followed(speaker, speaker.turns[0], run, client, answer, reader, reading)
 
 

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 from faults import deaths
 from faults.listener import all_of
-from faults.pair import FAST, Pair, followed, fresh_sessions
+from faults.pair import FAST, Pair, fresh_sessions
 from faults.tally import Tally
 from redis_server import RedisServer
 from scripted_upstream import ScriptedUpstream
@@ -58,7 +58,7 @@ def test_p3_with_default_settings_a_dead_owner_is_found_and_how_soon_is_printed(
 ) -> None:
     async def scene(pair: Pair) -> None:
         async with fresh_sessions() as sessions:
-            turn = await followed(sessions, pair)
+            turn = await pair.followed(sessions)
             await turn.client.has(10)
             began = time.monotonic()
             pair.owner.kill()
