@@ -114,8 +114,8 @@ async def goes_on(sessions: aiohttp.ClientSession, pair: Pair, relay: RelayProce
     assert [end["reason"] for end in turn.reader.endings()] == ["upstream_end"]
 
 
-async def both_judge(server: RedisServer, prefix: str) -> None:
-    """Wait until somebody was found dead: whatever the reapers hold against the living, they acted on."""
+async def dead_found(server: RedisServer, prefix: str) -> None:
+    """Have somebody found dead: whatever a reaper held against the living, it has acted on too."""
     stream = f"dead-{secrets.token_hex(4)}"
     async with own_journal(server.url(), prefix) as journal:
         opening = RunOpening(stream, "r", "w", f"token-{stream}", Retention(), owner=f"nobody-{stream}")
@@ -153,7 +153,7 @@ async def redis_away(pair: Pair, rng: Random, tally: Tally, outage: str, runs: i
             await pusher.open()
         pushing = [asyncio.create_task(pusher.push()) for pusher in pushers]
         await asyncio.gather(*(pusher.has(3) for pusher in pushers))
-        await both_judge(pair.server, pair.prefix)
+        await dead_found(pair.server, pair.prefix)
         await turns[0].client.has(len(turns[0].client.data) + rng.randint(1, 20))
         await asyncio.to_thread(take_away, pair.server)
         tally.inject(outage)
@@ -161,7 +161,7 @@ async def redis_away(pair: Pair, rng: Random, tally: Tally, outage: str, runs: i
             await asyncio.sleep(3 * lease_s)  # the outage itself
         finally:
             await asyncio.to_thread(bring_back, pair.server)
-        await both_judge(pair.server, pair.prefix)
+        await dead_found(pair.server, pair.prefix)
         for pusher in pushers:
             await pusher.has(pusher.accepted + 3)
             pusher.finish()
@@ -216,7 +216,7 @@ async def owner_drained(pair: Pair, rng: Random, tally: Tally, runs: int = 4) ->
             await turn.turn.await_over()
             assert turn.turn.closed
         await pair.replace_owner()
-        await both_judge(pair.server, pair.prefix)
+        await dead_found(pair.server, pair.prefix)
         for turn, reader in zip(turns, sent_away, strict=True):
             kept = await turn.kept(pair.other)
             reason = turn.count(tally, DRAINED, kept, whole=[turn.reader, reader])

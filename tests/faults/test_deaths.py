@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Iterator
 from random import Random
 
 import pytest
 from faults import deaths
-from faults.listener import all_of
-from faults.pair import FAST, Pair, fresh_sessions
+from faults.listener import DEADLINE_S, all_of
+from faults.pair import FAST, Followed, Pair, fresh_sessions
 from faults.tally import Tally
 from redis_server import RedisServer
 from scripted_upstream import ScriptedUpstream
@@ -68,3 +70,41 @@ def test_p3_with_default_settings_a_dead_owner_is_found_and_how_soon_is_printed(
 
     with Pair.running(redis_server, upstream) as pair:
         asyncio.run(scene(pair))
+
+
+def test_one_look_that_finds_no_lease_ends_nothing(
+    redis_server: RedisServer, upstream: ScriptedUpstream
+) -> None:
+    """Who stood still until just after its lease lapsed was seen without it once, and lives."""
+
+    async def scene(pair: Pair) -> None:
+        async with fresh_sessions() as sessions:
+            turn = await pair.followed(sessions)
+            os.kill(pair.owner.pid, signal.SIGSTOP)
+            try:
+                await asyncio.to_thread(await_one_look, pair, turn)
+            finally:
+                os.kill(pair.owner.pid, signal.SIGCONT)
+            await deaths.dead_found(pair.server, pair.prefix)
+            turn.agent.stop_speaking()
+            await all_of([turn.answer, turn.reading])
+            assert turn.client.data == turn.reader.data == turn.turn.said
+            assert [end["reason"] for end in turn.reader.endings()] == ["upstream_end"]
+
+    # So long that the owner can renew between two looks, whatever else the machine does.
+    with Pair.running(redis_server, upstream, **(FAST | {"owner_lease_s": 2.4})) as pair:
+        asyncio.run(scene(pair))
+
+
+def await_one_look(pair: Pair, turn: Followed) -> None:
+    """Wait until the lease of a run's owner has lapsed, and then until somebody looks for it."""
+    deadline = time.monotonic() + DEADLINE_S
+    with pair.server.client() as client:
+        owner = client.hget(f"{pair.prefix}:{{{turn.stream}}}:run:{turn.run}", "owner")
+        assert isinstance(owner, bytes)
+        lease = f"{pair.prefix}:owner:{owner.decode()}"
+        while client.pttl(lease) != -2:
+            assert time.monotonic() < deadline, "the lease does not lapse"
+        with client.monitor() as monitor:
+            while monitor.next_command()["command"] != f"EXISTS {lease}":
+                assert time.monotonic() < deadline, "nobody looks for the lease"
