@@ -322,6 +322,21 @@ def test_frames_that_do_not_follow_what_the_run_has_are_not_put_in(redis_server:
     asyncio.run(scenario())
 
 
+def test_frames_that_were_accepted_and_trimmed_since_are_not_missing(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="trimmed") as (journal, _):
+            run = opening("s", "r1", owner="me")
+            await journal.open_run(run)
+            first = (await journal.append(batch("s", 1, b"x"))).last
+            await journal.append(batch("s", 2, b"y"))
+            await journal.trim("s", 3)
+            await journal.restore(run, Held(first, 1, [Event("e", b"x")], 0))
+            assert [frame.data for frame in await read_all(journal, "s")] == [b"y"]
+            assert (await journal.run("s", "r1")).frames == 2
+
+    asyncio.run(scenario())
+
+
 def test_a_stream_that_was_deleted_is_not_put_back(pair: tuple[RedisServer, RedisServer]) -> None:
     async def scenario() -> None:
         async with opened(pair[0]) as (journal, _):
