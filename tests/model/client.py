@@ -399,7 +399,7 @@ class Client:
 
     def _control(self, id_: str, control: dict[str, Any]) -> None:
         kind = control["type"]
-        if kind in ("run.started", "run.ended"):  # a journaled one, shown as a comment
+        if kind in ("run.started", "run.superseded", "run.ended"):  # a journaled one, shown as a comment
             node = self.stream.nodes.get(id_)
             if node is None or json.loads(node.data) != control:
                 self._fail(f"{id_} {control} is not what was journaled")

@@ -12,8 +12,8 @@ from model.plain_list import Stream
 from model.world import Backend, World
 
 from relay.frame import Event
-from relay.journal.base import Retention
 from relay.lifecycle import Reason, ending
+from relay.limits import Retention
 
 T = TypeVar("T")
 
@@ -47,11 +47,28 @@ WISHES = st.builds(
     st.sampled_from((None, None, "r0", "r0", "r1", "current")),
     st.sampled_from(("start", "start", "start", "tail")),
 )
+RARELY = st.sampled_from((True, *(False,) * 5))
+HOLDERS = st.tuples(st.sampled_from(("", "p1", "p2")), st.sampled_from(("", "wordy")))
+IF_BUSY = st.sampled_from(("allow", "allow", "allow", "supersede", "reject"))
+OLD = st.sampled_from(
+    (("latest",), ("latest",), ("r0",), ("r0", "latest"), ("r0", "r1", "r2"), (), ("nobody",))
+)
 
 
 def pick(items: list[T], number: int) -> T:
     """One of a list."""
     return items[number % len(items)]
+
+
+def _fresh(stream: Stream) -> str:
+    """The name of a run that is not there."""
+    return next(name for name in map("r{}".format, range(999)) if name not in stream.now.runs)
+
+
+def _enlarged(events: list[Event]) -> list[Event]:
+    return [event._replace(data=LARGE) if event.data == b"large" else event for event in events]
+
+
 BATCHES = st.lists(EVENTS, min_size=1, max_size=4)
 HURRY = st.booleans()  # without rest, the next thing happens in the midst of what this one set off
 
@@ -59,10 +76,16 @@ HURRY = st.booleans()  # without rest, the next thing happens in the midst of wh
 # out of an example, and it takes nearly all of these together to come to the interesting places.
 STEPS: dict[str, tuple[int, st.SearchStrategy[tuple[Any, ...]]]] = {
     "append": (7, st.tuples(PICK, BATCHES, HURRY)),
-    "append_with_repeats": (2, st.tuples(PICK, EVENTS, st.integers(1, 4), ENDINGS, HURRY)),
-    "end_run": (4, st.tuples(PICK, LAST_EVENTS, ENDINGS, HURRY)),
-    "open_run": (3, st.tuples(STREAMS, RUNS, st.booleans(), RETENTIONS, HURRY)),
-    "repeat": (1, st.tuples(PICK, st.booleans())),
+    "append_with_repeats": (2, st.tuples(PICK, EVENTS, st.integers(0, 4), ENDINGS, st.booleans(), HURRY)),
+    "end_run": (4, st.tuples(PICK, LAST_EVENTS, ENDINGS, st.booleans(), HURRY)),
+    "open_run": (3, st.tuples(STREAMS, RUNS, RARELY, RETENTIONS, HOLDERS, st.booleans(), HURRY)),
+    "supersede": (4, st.tuples(STREAMS, OLD, IF_BUSY, RARELY, HOLDERS, st.booleans(), HURRY)),
+    "cancel": (3, st.tuples(PICK, st.booleans(), st.booleans(), HURRY)),
+    "take_over": (3, st.tuples(PICK, st.booleans(), HURRY)),
+    "kill_owner": (2, st.tuples(st.sampled_from(("p1", "p2")), HURRY)),
+    "seal": (1, st.tuples(STREAMS, RARELY, HURRY)),
+    "append_unnumbered": (1, st.tuples(PICK, EVENTS, ENDINGS, HURRY)),
+    "repeat": (2, st.tuples(PICK, st.booleans())),
     "trim": (3, st.tuples(STREAMS, st.integers(-1, 6), HURRY)),
     "delete": (1, st.tuples(STREAMS, HURRY)),
     "save": (3, st.tuples(STREAMS)),
@@ -105,16 +128,23 @@ class Machine(RuleBasedStateMachine):
     @initialize(
         pages=st.sampled_from((1, 2, 3, 1000)),
         ring=st.sampled_from((3, 6, 4096)),
+        grace=st.sampled_from((0.0, 5.0)),
         retention=RETENTIONS,
         wishes=st.tuples(WISHES, WISHES),
         seed=PICK,
     )
     def begin(
-        self, pages: int, ring: int, retention: Retention, wishes: tuple[Wish, Wish], seed: int
+        self,
+        pages: int,
+        ring: int,
+        grace: float,
+        retention: Retention,
+        wishes: tuple[Wish, Wish],
+        seed: int,
     ) -> None:
-        self.world = World(type(self).make_backend(), pages, ring, seed)
+        self.world = World(type(self).make_backend(), pages, ring, grace, seed)
         for stream in self.the.streams:
-            self.the.open_run(stream, "r0", seal=seed % 3 == 0, retention=retention)
+            self.the.open_run(stream, "r0", seal=seed % 6 == 0, retention=retention)
         for wish in wishes:
             self.the.add_client(self.the.streams[0], wish)
         self.the.settle()
@@ -152,16 +182,67 @@ class Machine(RuleBasedStateMachine):
 
     # Producers
 
-    def open_run(self, stream: int, run: str, seal: bool, retention: Retention, hurry: bool) -> None:
-        self.the.open_run(self.the.streams[stream], run, seal=seal, retention=retention)
+    def open_run(
+        self,
+        stream: int,
+        run: str,
+        seal: bool,
+        retention: Retention,
+        holder: tuple[str, str],
+        unheard: bool,
+        hurry: bool,
+    ) -> None:
+        owner, dialect = holder
+        self.the.open_run(
+            self.the.streams[stream],
+            run,
+            seal=seal,
+            retention=retention,
+            owner=owner,
+            dialect=dialect,
+            unheard=unheard,
+        )
         self._after(hurry)
 
-    def _append(self, which: int, events: list[Event], repeat: int, ended: Any, open_only: bool) -> None:
+    def supersede(
+        self,
+        stream: int,
+        old: tuple[str, ...],
+        if_busy: str,
+        seal: bool,
+        holder: tuple[str, str],
+        unheard: bool,
+        hurry: bool,
+    ) -> None:
+        """A new run in the place of others. Of those that are named, only what is there, unless nobody is."""
+        one = self.the.streams[stream]
+        owner, dialect = holder
+        self.the.open_run(
+            one,
+            _fresh(one),
+            seal=seal,
+            owner=owner,
+            dialect=dialect,
+            supersedes=[name for name in old if name in ("latest", "nobody", *one.now.runs)],
+            if_busy=if_busy,
+            unheard=unheard,
+        )
+        self._after(hurry)
+
+    def _append(
+        self,
+        which: int,
+        events: list[Event],
+        repeat: int,
+        ended: Any,
+        open_only: bool,
+        unheard: bool = False,
+        error: bool = False,
+    ) -> None:
         runs = self._runs(open_only=open_only)
         if runs:
             stream, run = pick(runs, which)
-            events = [event._replace(data=LARGE) if event.data == b"large" else event for event in events]
-            self.the.append(stream, run, events, repeat, ended)
+            self.the.append(stream, run, _enlarged(events), repeat, ended, unheard=unheard, error=error)
         else:
             self._go_on(self.the.streams[which % 2], which, events)
 
@@ -179,13 +260,44 @@ class Machine(RuleBasedStateMachine):
         self._after(hurry)
 
     def append_with_repeats(
-        self, which: int, events: list[Event], repeat: int, ended: Any, hurry: bool
+        self, which: int, events: list[Event], repeat: int, ended: Any, unheard: bool, hurry: bool
     ) -> None:
-        self._append(which, events, repeat, ended, True)
+        self._append(which, events, repeat, ended, True, unheard)
         self._after(hurry)
 
-    def end_run(self, which: int, events: list[Event], ended: Any, hurry: bool) -> None:
-        self._append(which, events, 0, ended, open_only=which % 4 != 0)
+    def append_unnumbered(self, which: int, events: list[Event], ended: Any, hurry: bool) -> None:
+        runs = self._runs()
+        if runs:
+            self.the.append_unnumbered(*pick(runs, which), _enlarged(events), ended)
+        self._after(hurry)
+
+    def end_run(self, which: int, events: list[Event], ended: Any, error: bool, hurry: bool) -> None:
+        self._append(which, events, 0, ended, open_only=which % 4 != 0, error=error)
+        self._after(hurry)
+
+    def cancel(self, which: int, as_owner: bool, unheard: bool, hurry: bool) -> None:
+        runs = self._runs(open_only=which % 4 != 0)
+        if runs:
+            stream, name = pick(runs, which)
+            owner = "p1" if as_owner else ""
+            self.the.end_run(stream, name, ending(Reason.CLIENT_CANCEL), owner, unheard=unheard)
+        self._after(hurry)
+
+    def take_over(self, which: int, unheard: bool, hurry: bool) -> None:
+        """The former writer finds out in `repeat`."""
+        runs = self._runs(open_only=which % 4 != 0)
+        if runs:
+            self.the.take_over(*pick(runs, which), unheard=unheard)
+        self._after(hurry)
+
+    def kill_owner(self, owner: str, hurry: bool) -> None:
+        self.the.kill_owner(owner)
+        self._after(hurry)
+
+    def seal(self, stream: int, while_open: bool, hurry: bool) -> None:
+        one = self.the.streams[stream]
+        if while_open or not one.now.open_runs():
+            self.the.seal(one)
         self._after(hurry)
 
     def repeat(self, which: int, misbehave: bool) -> None:
@@ -247,8 +359,7 @@ class Machine(RuleBasedStateMachine):
         """Append to an open run, or open one."""
         runs = stream.now.open_runs()
         if not runs and not (stream.now.exists and stream.now.sealed):
-            name = next(name for name in map("r{}".format, range(99)) if name not in stream.now.runs)
-            self.the.open_run(stream, name, seal=which % 2 == 0, retention=Retention())
+            self.the.open_run(stream, _fresh(stream), seal=which % 6 == 0)
         elif runs and events:
             self.the.append(stream, pick(runs, which), events, 0, None)
 

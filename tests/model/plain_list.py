@@ -7,15 +7,27 @@ if each frame it got leads back to the one it had before, past nothing that it s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from relay.frame import CONTROL_EVENT, Event
+from relay.frame import CONTROL_EVENT, Event, Frame
+from relay.journal.base import Opened
 from relay.lifecycle import Ending
 from relay.limits import Retention
 
 KEEP_ALL = Retention(0, 0, 0)
+UNTOLD_MS = -1
+TEXT_BYTES = 3
+"""What each of a producer's frames says it shows."""
+
+
+class Said(NamedTuple):
+    """What the journal should say next: control frames as an object, others as they are."""
+
+    run: str
+    event: str
+    data: bytes | dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,23 +49,41 @@ class Node:
     def is_control(self) -> bool:
         return self.event == CONTROL_EVENT
 
+    @property
+    def is_terminal(self) -> bool:
+        return self.is_control and self.data.startswith(b'{"type":"run.ended"')
+
     def __repr__(self) -> str:
         return f"<{self.id} {self.run} {self.event or '-'} {self.data[:20]!r}>"
 
 
 @dataclass(frozen=True)
 class ModelRun:
-    """A run. `events` are its data frames; `ended` is how it ended, `batch` what was last appended."""
+    """A run. `events` are its producer's frames; `ended` is how it ended, `batch` what was last appended;
+    `former` are writers that were fenced; `opened` is what its opening came to."""
 
     name: str
     writer: str
     token: str
     start: Node | None
     last: Node
+    owner: str = ""
+    dialect: str = ""
+    seals: bool = False
+    opened: Opened | None = None
     events: tuple[Event, ...] = ()
-    text_bytes: int = 0
     ended: Ending | None = None
     batch: tuple[int, tuple[Event, ...], Ending | None] = (1, (), None)
+    former: tuple[str, ...] = ()
+    superseded_by: str = ""
+
+    @property
+    def next_seq(self) -> int:
+        return len(self.events) + 1
+
+    @property
+    def text_bytes(self) -> int:
+        return TEXT_BYTES * len(self.events)
 
 
 class Shown(NamedTuple):
@@ -111,23 +141,43 @@ class State:
             return self.sealed and not self.open_runs()
         return run not in self.runs or self.runs[run].ended is not None
 
+    def latest(self) -> str:
+        """The newest run, open or not."""
+        return next(reversed(self.runs), "")
+
+    def others_since(self, first: ModelRun, but: Collection[str]) -> list[str]:
+        """Whose each frame is that stands at or after the start of a run, those of some runs left out."""
+        start = first.start.seq if first.start else 0
+        return [node.run for node in self.path() if node.seq > start and node.run not in but]
+
+    def broken_promise(self) -> str:
+        """Which promise about runs the frames break, in one sentence; empty if none."""
+        frames: dict[str, list[Node]] = {name: [] for name in self.runs}
+        for node in self.path():
+            frames[node.run].insert(0, node)
+        for name, run in self.runs.items():
+            endings = [node for node in frames[name] if node.is_terminal]
+            if len(endings) != (run.ended is not None):
+                return f"P3: {name} has {len(endings)} endings"
+            if endings and frames[name][-1] is not endings[0]:
+                return f"P4: {name} goes on after its ending: {frames[name]}"
+            said = [Event(node.event, node.data) for node in frames[name] if not node.is_control]
+            if tuple(said[: len(run.events)]) != run.events or len(said) > len(run.events) + bool(endings):
+                return f"P5: {name} was told {run.events} and says {said}"
+            if frames[name][-1] is not run.last:
+                return f"{name} ends with {frames[name][-1]}, not {run.last}"
+        return ""
+
     def remains(self, shown: Shown, after_seq: int) -> bool:
         """Whether there is anything to show after a position, be it trimmed or not."""
         return any(shown(node) for node in self.path() if node.seq > after_seq)
 
     # What producers do
 
-    def opened(self, life: int, run: ModelRun, sealed: bool, retention: Retention) -> State:
-        """The state after a run was opened, `run.last` being its first frame."""
-        if not self.exists:
-            state = State(life, run.last, 1, {run.name: run}, sealed, retention)
-        else:
-            state = replace(self, head=run.last, runs=self.runs | {run.name: run})
-        return state.retained()
-
-    def appended(self, run: ModelRun) -> State:
-        """The state after a run's appends up to `run.last`."""
-        return replace(self, head=run.last, runs=self.runs | {run.name: run}).retained()
+    def went_on(self, head: Node | None, *runs: ModelRun, sealed: bool = False) -> State:
+        """The state after these runs became what they are now, and the newest frame `head`."""
+        changed = {run.name: run for run in runs}
+        return replace(self, head=head, runs=self.runs | changed, sealed=self.sealed or sealed).retained()
 
     def trimmed(self, before_seq: int) -> State:
         """The state after a trim."""
@@ -136,6 +186,8 @@ class State:
     def retained(self) -> State:
         """What the bounds leave; the newest frame always stays."""
         held = self.held()
+        if not held:
+            return self
         size = sum(len(node.data) for node in held)
         max_frames, max_bytes = self.retention.max_frames, self.retention.max_bytes
         while len(held) > 1 and ((max_frames and len(held) > max_frames) or (max_bytes and size > max_bytes)):
@@ -182,6 +234,14 @@ def leads_on(position: Position, node: Node, shown: Shown) -> bool:
     return node.seq > position.seq and (position.node is None or at is position.node)
 
 
+class Farewell(Node):
+    """The ending of a run that was open when its stream was deleted. It can be heard and never read, so that
+    only a hint says its time."""
+
+    def told(self, ms: int) -> None:
+        object.__setattr__(self, "ms", ms)
+
+
 class Stream:
     """Everything that ever happened to one stream: its states in order, and every frame by its id."""
 
@@ -190,6 +250,7 @@ class Stream:
         self.states = [State()]
         self.nodes: dict[str, Node] = {}
         self.lives = 0
+        self.farewells: list[Farewell] = []
         self.broken = False
         """Whether a promise was broken here: what follows has no meaning."""
 
@@ -200,6 +261,13 @@ class Stream:
     def become(self, state: State) -> None:
         """The journal has changed."""
         self.states.append(state)
+
+    def hear(self, frame: Frame) -> None:
+        """A hint told of a frame: it may be one of those that nobody can read."""
+        for node in self.farewells:
+            if node.ms == UNTOLD_MS and (node.seq, node.run, node.data) == (frame.seq, frame.run, frame.data):
+                node.told(frame.ms)
+                self.nodes[node.id] = node
 
     def add(self, previous: Node | None, ms: int, run: str, event: str, data: bytes) -> Node:
         """A frame was journaled."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from relay.cursor import Cursor
 from relay.errors import JournalUnavailable
 from relay.frame import Frame
-from relay.journal.base import Follower, Journal, Page, RunInfo, StreamInfo
+from relay.journal.base import Follower, Journal, Page, RunInfo, RunOwner, StreamInfo, StreamTop
 
 T = TypeVar("T")
 
@@ -55,7 +55,8 @@ class SteeredLoop(asyncio.SelectorEventLoop):
         self._runs += 1
         self._running = self.create_task(work)
         try:
-            return self.run_until_complete(self._running)
+            result: T = self.run_until_complete(self._running)
+            return result
         finally:
             self._running = None
 
@@ -64,7 +65,14 @@ class SteeredJournal:
     """A journal between relay and the real one. Reads fail or their answers are held back on demand, pages
     are short, and hints are kept until somebody decides what becomes of them."""
 
-    def __init__(self, inner: Journal, page_max_frames: int, barrier: str) -> None:
+    def __init__(
+        self,
+        inner: Journal,
+        page_max_frames: int,
+        barrier: str,
+        heard: Callable[[str, Sequence[Frame]], None],
+    ) -> None:
+        """`heard` is told of all frames that hints bring, before anybody else is."""
         self.inner = inner
         self.failures = 0
         """So many of the next reads fail."""
@@ -82,6 +90,7 @@ class SteeredJournal:
         """Reads are answered in the order in which they were asked, so that an example can be repeated."""
         self._page_max_frames = page_max_frames
         self._barrier = barrier
+        self._heard = heard
         self._follower: Follower | None = None
 
     def note(self) -> None:
@@ -101,7 +110,7 @@ class SteeredJournal:
     async def run(self, stream: str, run: str) -> RunInfo:
         return await self._steered(lambda: self.inner.run(stream, run))
 
-    async def tops(self, streams: Sequence[str]) -> Mapping[str, Cursor]:
+    async def tops(self, streams: Sequence[str]) -> Mapping[str, StreamTop]:
         return await self._steered(lambda: self.inner.tops(streams))
 
     async def resolve_token(self, token: str) -> tuple[str, str] | None:
@@ -141,9 +150,9 @@ class SteeredJournal:
 
     # Hints
 
-    async def start(self, follower: Follower) -> None:
+    async def start(self, follower: Follower, owner: RunOwner | None = None) -> None:
         self._follower = follower
-        await self.inner.start(self)
+        await self.inner.start(self, owner)
 
     async def close(self) -> None:
         await self.inner.close()
@@ -162,6 +171,7 @@ class SteeredJournal:
             self.barrier_seq = frames[-1].seq
             self.note()
             return
+        self._heard(stream, frames)
         follower = self._follower
         assert follower is not None
         self._hint(lambda: follower.on_frames(stream, previous, frames))
@@ -170,6 +180,11 @@ class SteeredJournal:
         follower = self._follower
         assert follower is not None
         self._hint(lambda: follower.on_deleted(stream))
+
+    def on_sealed(self, stream: str) -> None:
+        follower = self._follower
+        assert follower is not None
+        self._hint(lambda: follower.on_sealed(stream))
 
     def on_doubt(self, stream: str) -> None:
         self.unconfirmed.discard(stream)

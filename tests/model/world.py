@@ -8,31 +8,61 @@ import random
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import orjson
 import redis
 from model.client import Client, Violation, Wish
-from model.plain_list import ModelRun, Node, State, Stream
+from model.plain_list import TEXT_BYTES, UNTOLD_MS, Farewell, ModelRun, Node, Said, State, Stream
 from model.steered import SteeredJournal, SteeredLoop
 
 from relay.app import App
 from relay.cursor import ORIGIN, Cursor
-from relay.errors import Fenced, JournalError, RunEnded, RunExists, SequenceGap, StreamSealed, UnknownStream
-from relay.frame import CONTROL_EVENT, Event
-from relay.journal.base import Append, Journal, Retention, RunOpening
+from relay.errors import (
+    Fenced,
+    JournalError,
+    RunEnded,
+    RunExists,
+    SequenceGap,
+    StreamBusy,
+    StreamSealed,
+    UnknownRun,
+    UnknownStream,
+)
+from relay.frame import CONTROL_EVENT, Event, Frame
+from relay.journal.base import (
+    Append,
+    Appended,
+    Ended,
+    Journal,
+    Opened,
+    RunOpening,
+    RunState,
+    StreamTop,
+    TakenOver,
+)
 from relay.journal.redis_streams import RedisJournal
 from relay.journal.sqlite import SqliteJournal
-from relay.lifecycle import Ending
+from relay.lifecycle import Ending, Reason, Status, ending
+from relay.limits import Retention
 from relay.settings import Settings
 
 T = TypeVar("T")
 
 ANSWER = '{"status":200,"headers":[["content-type","text/event-stream"]]}'
 FOREVER_S = 1e9
+DEFAULT_RETENTION = Retention()
+ERROR_EVENT = Event("error", b"it is over")
+ERROR_EVENTS = {"wordy": ERROR_EVENT}
+"""What dialects say of an ending; runs are of this one, or of none."""
+COMPLETED = ending(Reason.PRODUCER_END)
+SUPERSEDED = ending(Reason.SUPERSEDED)
+STREAM_DELETED = ending(Reason.STREAM_DELETED)
+OWNER_LOST = ending(Reason.OWNER_LOST)
 
 
 class Backend(Protocol):
@@ -42,6 +72,8 @@ class Backend(Protocol):
     """Whether hints come by another way than answers, so that their arrival must be waited for."""
     rewinds_live: bool
     """Whether its data can be put back under a relay that runs."""
+    of_one_process: bool
+    """Whether it ends, when it starts, what a former process owned."""
 
     def journal(self) -> Journal: ...
     def move_clock(self, by_ms: int) -> None: ...
@@ -54,6 +86,7 @@ class Backend(Protocol):
 class SqliteBackend:
     hints_come_late = False
     rewinds_live = False
+    of_one_process = True
 
     def __init__(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="relay-model-"))
@@ -92,6 +125,7 @@ class SqliteBackend:
 class RedisBackend:
     hints_come_late = True
     rewinds_live = True
+    of_one_process = False
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -135,7 +169,9 @@ class RedisBackend:
 class World:
     """Streams, clients, and one relay after the other between them."""
 
-    def __init__(self, backend: Backend, page_max_frames: int, ring_max_frames: int, seed: int) -> None:
+    def __init__(
+        self, backend: Backend, page_max_frames: int, ring_max_frames: int, rewind_grace_s: float, seed: int
+    ) -> None:
         self.backend = backend
         self.loop = SteeredLoop()
         self.streams = [Stream("one"), Stream("two")]
@@ -145,7 +181,11 @@ class World:
         self._names = 0
         self._page_max_frames = page_max_frames
         self._settings = Settings(
-            group_ms=0, ring_max_frames=ring_max_frames, ring_max_bytes=200_000, rings_max_bytes=300_000
+            group_ms=0,
+            ring_max_frames=ring_max_frames,
+            ring_max_bytes=200_000,
+            rings_max_bytes=300_000,
+            rewind_grace_s=rewind_grace_s,
         )
         self._wrote = False
         self._missed = False
@@ -161,12 +201,23 @@ class World:
     def _start(self) -> None:
         self._barrier = f"barrier-{self._fresh_name()}"
         self._barriers = 0
-        self.journal = SteeredJournal(self.backend.journal(), self._page_max_frames, self._barrier)
+        self.journal = SteeredJournal(
+            self.backend.journal(), self._page_max_frames, self._barrier, self._hear
+        )
         self.app = App(self._settings, self.journal)  # type: ignore[arg-type]
         self.loop.run(self._start_journal())
+        if self.backend.of_one_process:
+            for stream in self.streams:
+                self._bury_orphans(stream)
+
+    def _hear(self, stream: str, frames: Sequence[Frame]) -> None:
+        for one in self.streams:
+            if one.name == stream:
+                for frame in frames:
+                    one.hear(frame)
 
     async def _start_journal(self) -> None:
-        await self.journal.start(self.app.tails)
+        await self.journal.start(self.app.tails, self.app.owned)
         if self.backend.hints_come_late:
             await self.inner.open_run(RunOpening(self._barrier, "b", "w", "", Retention(4, 0, 0)))
             self.journal.watch(self._barrier)
@@ -232,9 +283,7 @@ class World:
             self._wrote = False
             self._barriers += 1
             barrier = self._barriers + 1
-            await self.inner.append(
-                Append(self._barrier, "b", "w", self._barriers, [Event("", b"")])
-            )
+            await self.inner.append(Append(self._barrier, "b", "w", self._barriers, [Event("", b"")]))
             while self.journal.barrier_seq < barrier:
                 self.journal.changed.clear()
                 await self.journal.changed.wait()
@@ -271,6 +320,9 @@ class World:
         self.check_quiet()
         self.settle()
         self.pass_time(0.5)
+        for _ in range(2):  # what is lost may come back: relay waits, and finds it no more, then looks again
+            self.pass_time(self._settings.rewind_grace_s)
+            self.pass_time(0.5)
         self.check_journal()
         self._check_served()
         self._missed = False
@@ -375,55 +427,161 @@ class World:
         self._names += 1
         return f"{self._names:032x}"
 
-    def _node(self, stream: Stream, previous: Node | None, cursor: Cursor, run: str, expected: Event) -> Node:
-        return stream.add(previous, cursor.ms, run, expected.event, expected.data)
+    def _journaled(self, stream: Stream, said: Sequence[Said]) -> list[Node]:
+        """Read what the journal has after what the list has: exactly this."""
+        head = stream.now.head
+        page = self.loop.run(self.inner.read(stream.name, _cursor(head), 1000, 1 << 24))
+        seq = head.seq if head else 0
+        if page.extent.top.seq != seq + len(said):
+            raise self._broken(f"{stream.name} goes on after {head} with {page.frames}, not {said}")
+        found = {frame.seq: frame for frame in page.frames}
+        nodes = []
+        for run, event, data in said:
+            seq += 1
+            frame = found.get(seq)
+            as_bytes = data if isinstance(data, bytes) else orjson.dumps(data)
+            if frame is None and seq >= page.extent.earliest_seq:
+                raise self._broken(f"{stream.name} does not hold {seq}")
+            if frame is not None and (frame.run, frame.event, frame.data) != (run, event, as_bytes):
+                raise self._broken(f"{stream.name} has {frame} where {run} {event} {as_bytes!r} should be")
+            # The frames of one step share their time, so that it is known of those that are trimmed already.
+            head = stream.add(head, frame.ms if frame else page.extent.top.ms, run, event, as_bytes)
+            nodes.append(head)
+        return nodes
 
-    def _control_node(
-        self, stream: Stream, previous: Node | None, cursor: Cursor, run: str, expected: dict[str, Any]
-    ) -> Node:
-        """A control frame is written by the journal itself: compared member by member, then taken over."""
-        before = Cursor(cursor.seq - 1, 0)
-        page = self.loop.run(self.inner.read(stream.name, before, 1, 1))
-        data = page.frames[0].data
-        if json.loads(data) != expected or page.frames[0].event != CONTROL_EVENT:
-            raise self._broken(f"{stream.name} has {data!r} where {expected} should be")
-        return stream.add(previous, cursor.ms, run, CONTROL_EVENT, data)
+    def _become(self, stream: Stream, state: State) -> None:
+        """The journal has changed to this, which keeps its promises and agrees with what it says of runs."""
+        stream.become(state)
+        broken = state.broken_promise()
+        if broken:
+            raise self._broken(f"{stream.name}: {broken}")
+        runs = [(stream.name, name) for name in state.runs]
+        expected = [
+            RunState(*(run.ended[:2] if run.ended else (Status.OPEN, "")), run.writer, _cursor(run.last))
+            for run in state.runs.values()
+        ]
+        found = list(self.loop.run(self.inner.states(runs)))
+        if found != expected:
+            raise self._broken(f"{stream.name}: runs are {found}, not {expected}")
 
-    def open_run(self, stream: Stream, name: str, *, seal: bool, retention: Retention) -> None:
+    def open_run(
+        self,
+        stream: Stream,
+        name: str,
+        *,
+        seal: bool = False,
+        retention: Retention = DEFAULT_RETENTION,
+        owner: str = "",
+        dialect: str = "",
+        supersedes: Sequence[str] = (),
+        if_busy: str = "allow",
+        unheard: bool = False,
+    ) -> None:
         """Open a run, or be refused as the state says."""
         state = stream.now
-        known = state.runs.get(name) if state.exists else None
         writer, token = self._fresh_name(), self._fresh_name()
-        opening = RunOpening(stream.name, name, writer, token, retention, answer=ANSWER, seal=seal)
-        if known is not None:
-            self._refused(self.inner.open_run(opening), RunExists)
-            again = self._do(self.inner.open_run(replace(opening, writer=known.writer)))
-            if again.start != (_cursor(known.start) if known.start else ORIGIN):
-                raise self._broken(f"opened again, {name} begins at {again.start}")
-            return
-        if state.exists and state.sealed:
-            self._refused(self.inner.open_run(opening), StreamSealed)
-            return
-        opened = self._do(self.inner.open_run(opening))
-        previous = state.head if state.exists else None
-        if opened.start != (_cursor(previous) if previous else ORIGIN):
-            raise self._broken(f"{name} begins at {opened.start}, not after {previous}")
-        first = self._control_node(
-            stream, previous, opened.first, name, {"type": "run.started", "run": name}
+        opening = RunOpening(
+            stream.name,
+            name,
+            writer,
+            token,
+            retention,
+            dialect=dialect,
+            answer=ANSWER,
+            seal=seal,
+            owner=owner,
+            supersedes=supersedes,
+            if_busy=if_busy,
+            error_events=ERROR_EVENTS,
         )
+        known = state.runs.get(name)
+        if known is not None:
+            for other in (writer, *known.former):
+                self._refused(stream, self.inner.open_run(replace(opening, writer=other)), RunExists)
+            again = self._do(self.inner.open_run(replace(opening, writer=known.writer)))
+            if again != known.opened:
+                raise self._broken(f"opened again, {name} came to {again}, not {known.opened}")
+            self._unchanged(stream)
+            return
+        named = [state.latest() if each == "latest" else each for each in supersedes]
+        named = [each for each in named if each]
+        refusal: type[Exception] | None = None
+        if state.sealed:
+            refusal = StreamSealed
+        elif if_busy == "reject" and state.open_runs():
+            refusal = StreamBusy
+        elif not set(named) <= set(state.runs):
+            refusal = UnknownRun
+        if refusal is not None:
+            self._refused(stream, self.inner.open_run(opening), refusal)
+            return
+        if if_busy == "supersede":
+            named += state.open_runs()
+        old = [run for run in state.runs.values() if run.name in named]
+        if unheard:
+            self._send_unheard(lambda: self.inner.open_run(opening))
+        opened = self._do(self.inner.open_run(opening))
+        said: list[Said] = []
+        lengths: list[int] = []
+        for run in old:
+            if run.ended is None:
+                said.append(_superseded(run.name, run.name, name))
+                said += _ending(run, SUPERSEDED, by_others=True)
+            lengths.append(len(said))
+        before = len(said)
+        started: dict[str, Any] = {"type": "run.started", "run": name}
+        if dialect:
+            started["dialect"] = dialect
+        said.append(Said(name, CONTROL_EVENT, started))
+        said += (_superseded(name, run.name, name) for run in old if run.ended is not None)
+        nodes = self._journaled(stream, said)
+        ended = [
+            replace(
+                run,
+                last=run.last if run.ended else nodes[length - 1],
+                ended=run.ended or SUPERSEDED,
+                superseded_by=name,
+            )
+            for run, length in zip(old, lengths, strict=True)
+        ]
+        start, first = nodes[before].previous, nodes[before]
+        after = state.others_since(old[0], [run.name for run in old]) if old else []
+        expected = Opened(
+            *(_cursor(start), _cursor(first), _cursor(nodes[-1])),
+            tuple(run.name for run in old),
+            len(after),
+            opened.runs_after,
+        )
+        if opened != expected or set(opened.runs_after) != set(after):
+            raise self._broken(f"opening {opening} came to {opened}, not {expected}, {set(after)}")
         if not state.exists:
             stream.lives += 1
-        run = ModelRun(name, writer, token, previous, first)
-        stream.become(state.opened(stream.lives, run, seal, retention))
+            state = State(stream.lives, retention=retention)
+        run = ModelRun(name, writer, token, start, nodes[-1], owner, dialect, seal, opened)
+        self._become(stream, state.went_on(nodes[-1], *ended, run, sealed=seal))
 
     def append(
-        self, stream: Stream, name: str, events: list[Event], repeat: int, ending: Ending | None
+        self,
+        stream: Stream,
+        name: str,
+        events: list[Event],
+        repeat: int,
+        ending: Ending | None,
+        *,
+        unheard: bool = False,
+        error: bool = False,
     ) -> None:
         """Append, with so many of the run's last frames sent once more in front."""
         run = stream.now.runs[name]
         repeated = run.events[max(0, len(run.events) - repeat) :]
-        batch = (len(run.events) - len(repeated) + 1, (*repeated, *events), ending)
-        self._append(stream, run, *batch)
+        first = run.next_seq - len(repeated)
+        self._append(stream, run, first, (*repeated, *events), ending, unheard=unheard, error=error)
+
+    def append_unnumbered(
+        self, stream: Stream, name: str, events: list[Event], ending: Ending | None
+    ) -> None:
+        """Append frames that are journaled whatever was before."""
+        self._append(stream, stream.now.runs[name], 0, tuple(events), ending)
 
     def repeat(self, stream: Stream, name: str) -> None:
         """The run's last append once more, as after a lost answer."""
@@ -431,53 +589,177 @@ class World:
         self._append(stream, run, *run.batch)
 
     def misbehave(self, stream: Stream, name: str) -> None:
-        """Appends that no run takes."""
+        """Appends that no run takes, and all that its former writers may try."""
         run = stream.now.runs[name]
-        batch = Append(stream.name, name, run.writer, len(run.events) + 2, [Event("", b"hole")])
-        self._refused(self.inner.append(batch), SequenceGap)
-        stale = replace(batch, writer="stale", producer_seq=len(run.events) + 1)
-        self._refused(self.inner.append(stale), Fenced)
+        batch = Append(stream.name, name, run.writer, run.next_seq + 1, [Event("", b"hole")])
+        self._refused(stream, self.inner.append(batch), SequenceGap)
+        for writer in (*run.former, "stale"):
+            late = replace(batch, writer=writer, producer_seq=run.next_seq)
+            self._refused(stream, self.inner.append(late), Fenced)
+            self._refused(stream, self.inner.append(replace(late, producer_seq=0)), Fenced)
+            end = replace(late, events=(), ending=COMPLETED)
+            self._refused(stream, self.inner.append(end), Fenced)
+            self._refused(stream, self.inner.hear_of(stream.name, name, writer), Fenced)
 
     def _append(
-        self, stream: Stream, run: ModelRun, first: int, events: tuple[Event, ...], ending: Ending | None
+        self,
+        stream: Stream,
+        run: ModelRun,
+        first: int,
+        events: tuple[Event, ...],
+        ending: Ending | None,
+        *,
+        unheard: bool = False,
+        error: bool = False,
     ) -> None:
         state = stream.now
-        duplicates = min(len(events), len(run.events) + 1 - first)
+        duplicates = min(len(events), run.next_seq - first) if first else 0
         fresh = events[duplicates:]
-        batch = Append(stream.name, run.name, run.writer, first, events, 0, "", ending)
-        if run.ended is not None:
-            if fresh or (ending is not None and ending[:2] != run.ended[:2]):
-                self._refused(self.inner.append(batch), RunEnded)
-                return
-            ending = None
+        batch = Append(
+            *(stream.name, run.name, run.writer, first, events, TEXT_BYTES * len(events)),
+            ending=ending,
+            error_event=ERROR_EVENT if error else None,
+            acknowledged=_cursor(run.last if self.choice.random() < 0.5 else run.start),
+        )
+        if run.ended is not None and (fresh or (ending is not None and ending[:2] != run.ended[:2])):
+            self._refused(stream, self.inner.append(batch), RunEnded)
+            return
+        if unheard and first:
+            self._send_unheard(lambda: self.inner.append(batch))
         appended = self._do(self.inner.append(batch))
-        node = state.head
-        assert node is not None
-        last = appended.last
-        for event in fresh:
-            node = self._node(stream, node, last, run.name, event)
-        all_events = (*run.events, *fresh)
-        if ending is not None:
-            expected: dict[str, Any] = {"type": "run.ended", "run": run.name, "status": ending.status}
-            expected |= {"reason": ending.reason, "frames": len(all_events), "text_bytes": 0}
-            if ending.error:
-                expected["error"] = ending.error
-            node = self._control_node(stream, node, last, run.name, expected)
-        outcome = (str(last), appended.appended, appended.duplicates, appended.next_seq)
-        if outcome != (node.id, len(fresh), duplicates, len(all_events) + 1):
-            raise self._broken(f"an append of {batch} came to {appended}")
-        if node is not state.head:
-            changed = replace(
-                run, last=node, events=all_events, ended=ending or run.ended, batch=(first, events, ending)
-            )
-            stream.become(state.appended(changed))
+        grown = replace(run, events=(*run.events, *fresh))
+        said = [Said(run.name, *event) for event in fresh]
+        if ending is not None and run.ended is None:
+            said += _ending(grown, ending, error=ERROR_EVENT if error else None)
+            grown = replace(grown, ended=ending)
+        nodes = self._journaled(stream, said)
+        grown = replace(grown, last=nodes[-1] if nodes else run.last)
+        expected = Appended(_cursor(grown.last), len(fresh), duplicates, grown.next_seq)
+        if unheard and first:  # the second try finds some of it there, or all, or nothing
+            appended = appended._replace(appended=len(fresh), duplicates=duplicates)
+        if appended != expected:
+            raise self._broken(f"an append of {batch} came to {appended}, not {expected}")
+        if nodes:
+            grown = replace(grown, batch=(first, events, ending) if first else (1, (), None))
+            self._become(stream, state.went_on(nodes[-1], grown))
 
-    def _refused(self, work: Coroutine[Any, Any, Any], error: type[Exception]) -> None:
+    def take_over(self, stream: Stream, name: str, *, unheard: bool) -> None:
+        """Another writer for a run; the former one does not know yet."""
+        run = stream.now.runs[name]
+        writer = self._fresh_name()
+
+        def take_over() -> Coroutine[Any, Any, TakenOver]:
+            return self.inner.take_over(stream.name, name, writer, 3600)
+
+        if run.ended is not None:
+            self._refused(stream, take_over(), RunEnded)
+            return
+        if unheard:
+            self._send_unheard(take_over)
+        taken = self._do(take_over())
+        if taken != TakenOver(run.next_seq, _cursor(run.last)):
+            raise self._broken(f"{run} was taken over with {taken}")
+        self._journaled(stream, [])
+        taken_over = replace(run, writer=writer, owner="", former=(*run.former, run.writer))
+        self._become(stream, stream.now.went_on(stream.now.head, taken_over))
+
+    def end_run(
+        self, stream: Stream, name: str, ending: Ending, owner: str = "", *, unheard: bool = False
+    ) -> None:
+        """End a run whoever its writer is, if it is open, and owned so."""
+        run = stream.now.runs[name]
+
+        def end() -> Coroutine[Any, Any, Ended]:
+            return self.inner.end_run(stream.name, name, ending, ERROR_EVENTS, owner=owner)
+
+        ends = run.ended is None and owner in ("", run.owner)
+        if unheard:
+            self._send_unheard(end)
+        ended = self._do(end())
+        if not ends:
+            known = run.ended[:2] if run.ended else (Status.OPEN, "")
+            if ended[:3] != (False, *known):
+                raise self._broken(f"{run} was not to be ended, and that came to {ended}")
+            self._unchanged(stream)
+            return
+        if ended.by_this is False and not unheard:
+            raise self._broken(f"{run} was not ended: {ended}")
+        if (ended.status, ended.reason, ended.text_bytes) != (*ending[:2], run.text_bytes):
+            raise self._broken(f"{run} was ended as {ending}, and that came to {ended}")
+        if ended.by_this and ended.owner != run.owner:
+            raise self._broken(f"{run} was ended, and its owner is said to be {ended.owner}")
+        nodes = self._journaled(stream, _ending(run, ending, by_others=True))
+        self._become(stream, stream.now.went_on(nodes[-1], replace(run, last=nodes[-1], ended=ending)))
+
+    def kill_owner(self, owner: str) -> None:
+        """A process dies, and what it owned is lost: as a reaper does it, that has it from the journal."""
+        mine = {
+            (stream.name, run.name)
+            for stream in self.streams
+            for run in stream.now.runs.values()
+            if run.ended is None and run.owner == owner
+        }
+        if not self.backend.of_one_process:
+            self._do(self._reindex())  # the indexes were not rewound with the streams
+            self._do(self.inner.resign(owner))
+            found = set(self._do(self.inner.owned(owner, 1000)))
+            if not mine <= found:
+                raise self._broken(f"{owner} owns {mine}, and only {found} is found")
+            if mine and owner not in self._do(self.inner.lapsed_owners()):
+                raise self._broken(f"{owner} owns {mine}, and is not found to be gone")
+        for stream in self.streams:
+            for name in list(stream.now.runs):
+                self.end_run(stream, name, OWNER_LOST, owner)
+
+    async def _reindex(self) -> None:
+        place = await self.inner.reindex("", 1)
+        while place:
+            place = await self.inner.reindex(place, 1)
+
+    def _bury_orphans(self, stream: Stream) -> None:
+        """A journal of one process has just ended what the former one owned."""
+        state = stream.now
+        orphans = {run.name: run for run in state.runs.values() if run.ended is None and run.owner}
+        if not orphans:
+            return
+        page = self.loop.run(self.inner.read(stream.name, _cursor(state.head), 1000, 1 << 24))
+        buried = [orphans.pop(frame.run) for frame in page.frames]
+        said = []
+        for run, frame in zip(buried, page.frames, strict=True):
+            error = json.loads(frame.data).get("error", "")
+            said += _ending(run, OWNER_LOST._replace(error=error))
+        nodes = self._journaled(stream, said)
+        if orphans:
+            raise self._broken(f"{list(orphans)} go on after their process")
+        ended = [replace(run, last=node, ended=OWNER_LOST) for run, node in zip(buried, nodes, strict=True)]
+        self._become(stream, state.went_on(state.head if not nodes else nodes[-1], *ended))
+
+    def _send_unheard(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Ask, and lose the answer: whether it happens is open."""
+
+        async def ask() -> None:
+            asking = asyncio.ensure_future(make())
+            for _ in range(self.choice.randrange(3)):
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+        self._do(ask())
+
+    def _refused(self, stream: Stream, work: Coroutine[Any, Any, Any], error: type[Exception]) -> None:
         try:
             result = self._do(work)
         except error:
+            self._unchanged(stream)
             return
         raise self._broken(f"{error.__name__} was due, and it came to {result}")
+
+    def _unchanged(self, stream: Stream) -> None:
+        state = stream.now
+        tops = self.loop.run(self.inner.tops([stream.name]))
+        expected = {stream.name: StreamTop(_cursor(state.head), state.sealed)} if state.exists else {}
+        if dict(tops) != expected:
+            raise self._broken(f"nothing was to happen to {stream.name}, and it is at {tops}, not {expected}")
 
     # Operators
 
@@ -486,9 +768,30 @@ class World:
         self._do(self.inner.trim(stream.name, before_seq))
         stream.become(stream.now.trimmed(before_seq))
 
+    def seal(self, stream: Stream) -> None:
+        """Take no further run."""
+        if not stream.now.exists:
+            self._refused(stream, self.inner.seal(stream.name), UnknownStream)
+            return
+        self._do(self.inner.seal(stream.name))
+        self._become(stream, stream.now.went_on(stream.now.head, sealed=True))
+
     def delete(self, stream: Stream) -> None:
-        """Remove a stream."""
+        """Remove a stream. The endings of its open runs are told, and can never be read."""
+        self.settle()  # those of its last life have been told by now, if anybody followed
+        state = stream.now
+        ended = [run for run in state.runs.values() if run.ended is None]
+        stream.farewells = []
+        head = state.head
+        for number, run in enumerate(ended):
+            ((_, event, data),) = _ending(run, STREAM_DELETED)
+            assert head is not None
+            head = Farewell(head, head.seq + 1, UNTOLD_MS, run.name, event, orjson.dumps(data))
+            stream.farewells.append(head)
+            ended[number] = replace(run, last=head, ended=STREAM_DELETED)
         self._do(self.inner.delete(stream.name))
+        if ended:
+            stream.become(state.went_on(head, *ended))
         stream.become(State())
 
     def save(self, stream: Stream) -> None:
@@ -535,5 +838,21 @@ class World:
         return (client for client in self.clients if not client.connected)
 
 
-def _cursor(node: Node) -> Cursor:
-    return Cursor(node.seq, node.ms)
+def _cursor(node: Node | None) -> Cursor:
+    return Cursor(node.seq, node.ms) if node else ORIGIN
+
+
+def _superseded(said_by: str, run: str, by: str) -> Said:
+    return Said(said_by, CONTROL_EVENT, {"type": "run.superseded", "run": run, "by": by})
+
+
+def _ending(run: ModelRun, how: Ending, *, by_others: bool = False, error: Event | None = None) -> list[Said]:
+    """The last frames of a run. Who ends another's run says so in its dialect, if that has words for it."""
+    if by_others:
+        error = ERROR_EVENTS.get(run.dialect)
+    said = [] if error is None else [Said(run.name, *error)]
+    ended: dict[str, Any] = {"type": "run.ended", "run": run.name, "status": how.status, "reason": how.reason}
+    if how.error:
+        ended["error"] = how.error
+    ended |= {"frames": len(run.events), "text_bytes": run.text_bytes}
+    return [*said, Said(run.name, CONTROL_EVENT, ended)]
