@@ -86,7 +86,7 @@ class Settings:
     webhook_secret: str = _setting("", "Signs what is posted: whsec_ and base64, as in Standard Webhooks.")
     webhook_allow_private: bool = _setting(False, "Post to loopback and private addresses too.")
     webhook_timeout_s: float = _setting(15.0, "Longest wait for the receiver's answer.")
-    webhook_give_up_s: float = _setting(23 * 3600.0, "A run is delivered no more so long after the first try.")
+    webhook_give_up_s: float = _setting(23 * 3600.0, "A run is not tried again so long after the first try.")
     transcript_max_bytes: int = _setting(16 * 1024 * 1024, "Largest text of a transcript; the rest is cut.")
 
     abandon_s: float = _setting(600.0, "A raw run that nobody read for so long is cancelled; 0 is never.")
