@@ -1130,6 +1130,25 @@ def test_p3_an_answer_that_is_no_stream_becomes_one_frame_or_the_runs_error(
             assert "slow down" in record.ended["error"]
 
 
+def test_p3_an_endless_answer_that_is_no_stream_is_cut_off(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    closed = threading.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head("200 OK", "text/plain")
+        try:
+            while True:
+                await exchange.chunk(b"x" * 60_000)
+        finally:
+            closed.set()
+
+    upstream.on(f"/{name}", handler)
+    ask(relay, "POST", f"/{name}", f"Relay-Stream: {name}", "Prefer: respond-async")
+    assert whole_run(relay, name).outcome == ("failed", "upstream_error")
+    assert closed.wait(60)
+
+
 def test_p3_an_async_run_whose_upstream_cannot_be_reached_or_is_too_slow_fails(
     fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str
 ) -> None:
