@@ -72,11 +72,18 @@ def assert_told_alike(turn: Followed, others: list[Listener]) -> None:
         assert not {"gap", "reset"}.intersection(listener.types())
 
 
-async def owner_paused(pair: Pair, rng: Random, tally: Tally, runs: int = 4) -> None:
-    """A process stands still beyond its lease and goes on: nothing it still says is taken any more."""
+async def owner_paused(
+    pair: Pair, rng: Random, tally: Tally, runs: int = 4, *, told: bool | None = None
+) -> None:
+    """A process stands still beyond its lease and goes on: nothing it still says is taken any more. Unless it
+    is `told` that its runs are over, it finds out by what it says."""
+    seam = pair.seams[0]
+    told = rng.random() < 0.5 if told is None else told
     async with fresh_sessions() as sessions:
         turns = await begin(sessions, pair, runs)
         await turns[0].client.has(rng.randint(1, 40))
+        seam.loses = lambda kind, channel, payload: not told and b":owner:" in channel
+        lost_before = seam.lost
         os.kill(pair.owner.pid, signal.SIGSTOP)
         tally.inject(PAUSED)
         try:
@@ -90,6 +97,8 @@ async def owner_paused(pair: Pair, rng: Random, tally: Tally, runs: int = 4) -> 
             await turn.turn.await_over()
             assert turn.turn.closed
             assert len(turn.turn.said) > before  # it came back to frames that it had not read
+        assert seam.lost == lost_before + (0 if told else runs)
+        seam.loses = lambda kind, channel, payload: False
         await all_of([turn.answer for turn in turns])
         for turn, journaled in zip(turns, kept, strict=True):
             # The client was shown the journal to its end: in its format where that can say so.

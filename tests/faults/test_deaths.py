@@ -33,10 +33,11 @@ def test_p3_runs_of_an_owner_killed_at_any_frame_end_owner_lost_once(
         asyncio.run(deaths.owner_killed(pair, rng, tally))
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
 def test_p4_a_zombie_is_fenced_lets_upstream_go_and_serves_new_runs(
-    pair: Pair, seed: int, tally: Tally
+    pair: Pair, seed: int, tally: Tally, told: bool
 ) -> None:
-    asyncio.run(deaths.owner_paused(pair, Random(seed), tally))
+    asyncio.run(deaths.owner_paused(pair, Random(seed), tally, told=told))
 
 
 def test_a_drain_ends_runs_once_and_its_readers_go_on_elsewhere(pair: Pair, seed: int, tally: Tally) -> None:
