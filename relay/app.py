@@ -38,7 +38,7 @@ from relay.journal.base import Ended, Journal
 from relay.lifecycle import Ending, Reason, Status, ending
 from relay.metrics import Metrics
 from relay.push_api import push_routes
-from relay.reaper import Reaper
+from relay.reaper import OWNER_LOST, Reaper
 from relay.replay.reader import Reader, ReaderEnd, Readers, cursor_gone, ended_at, read_presented
 from relay.replay.response import (
     CONNECTION,
@@ -167,7 +167,9 @@ class App:
             self._webhook.wake()
 
     def _reaped(self, stream: str, run: str, ended: Ended) -> None:
-        self._run_ended(stream, run, Ending(ended.status, Reason(ended.reason)), ended.text_bytes)
+        reason = Reason(ended.reason)
+        end = OWNER_LOST if reason is Reason.OWNER_LOST else ending(reason)
+        self._run_ended(stream, run, end, ended.text_bytes)
 
     @property
     def open_runs(self) -> int:
