@@ -86,6 +86,10 @@ class LongBody:
     def send(self, data: bytes) -> None:
         self._client.send(b"%x\r\n%b\r\n" % (len(data), data))
 
+    def send_raw(self, data: bytes) -> None:
+        """Bytes without the framing of a chunk."""
+        self._client.send(data)
+
     def lines(self, *data: Any) -> None:
         for item in data:
             self.send(json.dumps({"data": item}).encode() + b"\n")

@@ -7,7 +7,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from producing import Producer
 from raw_client import RawAnswer, RawClient
+from reading import Reading
 from relay_process import RelayProcess
 from run_record import whole_run
 from scripted_upstream import Exchange, ScriptedUpstream
@@ -239,3 +241,42 @@ def test_a_client_may_leave_at_every_byte_of_its_request(
         client.send((head.encode() + b"x" * 60)[:cut])
     assert ask(relay, f"/{name}").status == 200
     assert not [line for line in relay.log[logged:] if "Traceback" in line]
+
+
+@pytest.mark.parametrize("cut", range(0, 330, 19))
+def test_a_producer_may_leave_at_every_byte_of_a_whole_run(relay: RelayProcess, name: str, cut: int) -> None:
+    """What came whole is journaled and nothing else is; only a body that is complete completes its run."""
+    path = f"/relay/v1/streams/{name}/runs?end=completed"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    head += "Content-Type: application/x-ndjson\r\n\r\n"
+    lines = [b'{"data":"%d"}\n' % n for n in range(6)]
+    request = head.encode() + b"".join(b"%x\r\n%b\r\n" % (len(line), line) for line in lines) + b"0\r\n\r\n"
+    logged = len(relay.log)
+    with RawClient(relay.port) as client:
+        client.send(request[:cut])
+        if cut >= len(request):
+            assert client.answer("POST").status == 201
+    # The client may be gone before its run is opened.
+    if cut >= len(head) and relay.get(f"/relay/v1/streams/{name}")[0] == 200:
+        record = whole_run(relay, name)
+        assert record.texts == [str(n) for n in range(len(record.texts))]
+        whole = cut >= len(request)
+        assert record.outcome == (
+            ("completed", "producer_end") if whole else ("failed", "upstream_truncated")
+        )
+    assert not [line for line in relay.log[logged:] if "Traceback" in line]
+
+
+@pytest.mark.parametrize("framing", [b"zz\r\n", b"5\r\n{}\r\nxx\r\n", b"-1\r\n"])
+def test_malformed_chunks_of_a_push_end_nothing_and_keep_what_came(
+    relay: RelayProcess, name: str, framing: bytes
+) -> None:
+    producer = Producer(relay, name)
+    with producer.body(query="?end=completed") as body:
+        body.lines("one")
+        with Reading(f"{relay.url}/relay/v1/streams/{name}/events?control=none") as reading:
+            assert reading.take(1)[0].data == "one"
+        body.send_raw(framing)
+        assert body.answer().status == 400
+    assert producer.push("two", end="completed", Relay_Seq="2").status == 200
+    assert whole_run(relay, name).texts == ["one", "two"]

@@ -8,6 +8,7 @@ import http.client
 import json
 import secrets
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import msgpack
 import pytest
 from deaf_follower import DeafFollower
-from producing import Answer, LongBody, Producer, ask
+from producing import DEADLINE_S, Answer, LongBody, Producer, ask
 from reading import Reading
 from redis_server import RedisServer
 from relay_process import RelayProcess
@@ -37,9 +38,13 @@ from relay.settings import Settings
 
 
 def following(relay: RelayProcess, stream: str) -> Iterator[str]:
-    """Data of the stream's frames as they come, control frames by their type."""
-    with Reading(f"{relay.url}/relay/v1/streams/{stream}/events?wait=60") as reading:
+    """Data of the stream's frames as they come, control frames by their type. What does not come fails: the
+    heartbeats would keep it waiting for ever."""
+    deadline = time.monotonic() + DEADLINE_S
+    url = f"{relay.url}/relay/v1/streams/{stream}/events?wait=60&heartbeat=event"
+    with Reading(url) as reading:
         for block in reading.blocks():
+            assert time.monotonic() < deadline
             yield block.data if block.control is None else f"<{block.control['type']}>"
 
 
