@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -130,12 +131,14 @@ def test_p2_a_failover_by_sentinels_costs_nothing_that_was_replicated(
     pair: tuple[RedisServer, RedisServer], way: str
 ) -> None:
     """Writers go on at the new primary, followers hear of it, nothing is twice, none is missing; whether the
-    connections break, or only nothing answers any more. A sentinel that is dead itself is passed over."""
+    connections break, or only nothing answers any more. Sentinels that are dead or hang are passed over."""
     primary, replica = pair
     sentinel = RedisSentinel.watching(primary, replicas=1)
+    mute = socket.create_server(("127.0.0.1", 0))
 
     async def scenario() -> None:
-        url = f"redis+sentinel://127.0.0.1:1,127.0.0.1:{sentinel.port}/main/2"
+        hanging = f"127.0.0.1:{mute.getsockname()[1]}"
+        url = f"redis+sentinel://127.0.0.1:1,{hanging},127.0.0.1:{sentinel.port}/main/2"
         async with opened(url, timeout_s=2.0) as (journal, ear):
             journal.watch("s")
             await ear.until(lambda: ear.doubts == ["s"])
@@ -171,6 +174,7 @@ def test_p2_a_failover_by_sentinels_costs_nothing_that_was_replicated(
         asyncio.run(scenario())
     finally:
         sentinel.stop()
+        mute.close()
 
 
 def test_a_service_that_the_sentinels_do_not_know_is_refused_at_start(
@@ -318,6 +322,20 @@ def test_frames_that_do_not_follow_what_the_run_has_are_not_put_in(redis_server:
             await journal.restore(run, held)
             assert [frame.data for frame in (await read_all(journal, "s"))[1:]] == [b"x", b"y"]
             assert (await journal.run("s", "r1")).frames == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_frame_from_before_the_acknowledged_one_of_the_same_seq_is_not_that_one(
+    redis_server: RedisServer,
+) -> None:
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="older") as (journal, _):
+            last = (await journal.open_run(opening("s"))).last
+            with pytest.raises(Rewound) as caught:
+                await journal.append(batch("s", 1, b"x", acknowledged=last._replace(ms=last.ms + 1)))
+            assert caught.value.extra["last_seq"] == last.seq
+            await journal.append(batch("s", 1, b"x", acknowledged=last))
 
     asyncio.run(scenario())
 

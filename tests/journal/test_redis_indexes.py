@@ -321,6 +321,32 @@ def test_indexes_that_were_lost_are_written_again(redis_server: RedisServer) -> 
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("how", ["take_over", "hear_of", "a duplicate", "nothing"])
+def test_what_a_run_was_heard_of_by_counts_against_its_silence(redis_server: RedisServer, how: str) -> None:
+    """A run silent for an hour, by what its hash says."""
+    prefix = f"heard-{how}"
+
+    async def scenario() -> None:
+        async with opened(redis_server, prefix=prefix) as (journal, _):
+            await journal.open_run(opening("s", idle_timeout_s=600))
+            await journal.append(batch("s", 1, b"x"))
+            with redis_server.client() as client:
+                for of, field in (("run:r1", "last_ms"), ("run:r1", "heard_ms")):
+                    client.hincrby(f"{prefix}:{{s}}:{of}", field, -3_600_000)
+            match how:
+                case "take_over":
+                    await journal.take_over("s", "r1", "new", 1)
+                case "hear_of":
+                    await journal.hear_of("s", "r1", "writer-r1")
+                case "a duplicate":
+                    assert (await journal.append(batch("s", 1, b"x"))).duplicates == 1
+            ended = await journal.end_due("s", "r1", 0, {})
+            assert (ended is None) == (how != "nothing")
+            assert (await journal.run("s", "r1")).idle_timeout_s == 600
+
+    asyncio.run(scenario())
+
+
 def test_a_run_that_is_never_due_is_looked_at_all_the_same(redis_server: RedisServer) -> None:
     """Otherwise nobody would find that its ending was not filed. Silence or age never end it."""
 
