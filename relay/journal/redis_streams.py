@@ -454,9 +454,8 @@ class RedisJournal:
             await self._together(*self._onto_endings(stream, run, Cursor(int(seq), int(ms)), delivery))
         # Where it is listed besides its own owner is not known: an owner may have been another's before.
         lists = [self._owned_key(name) for name in await self._owners()]
-        gone = [pack(b"ZREM", self._deliveries_key(), member)] if status is None else []
         await self._together(
-            pack(b"ZREM", self._due_key(), member), *gone, *(pack(b"SREM", key, member) for key in lists)
+            pack(b"ZREM", self._due_key(), member), *(pack(b"SREM", key, member) for key in lists)
         )
 
     async def reindex(self, after: str, limit: int) -> str:

@@ -321,6 +321,29 @@ def test_indexes_that_were_lost_are_written_again(redis_server: RedisServer) -> 
     asyncio.run(scenario())
 
 
+def test_what_was_delivered_is_not_delivered_again_when_its_ending_is_filed_again(
+    redis_server: RedisServer,
+) -> None:
+    """The run's hash knows; the indexes may be behind. One that is gone is passed over."""
+
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="settled") as (journal, _):
+            for stream in ("s", "deleted"):
+                await journal.open_run(opening(stream, deliver=True))
+                await journal.end_run(stream, "r1", CANCELLED, {})
+                await journal.file_ending(stream, "r1")
+            await journal.delete("deleted")
+            assert [each[:2] for each in await journal.claim_deliveries(10, 600)] == [("s", "r1")]
+            await journal.settle_delivery("s", "r1")
+            await journal.file_ending("s", "r1")
+            await journal.reindex("", 100)
+            assert await journal.claim_deliveries(10, 600) == []
+            with redis_server.client() as client:
+                await until(client, lambda client: not client.exists("settled:deliveries"))
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("how", ["take_over", "hear_of", "a duplicate", "nothing"])
 def test_what_a_run_was_heard_of_by_counts_against_its_silence(redis_server: RedisServer, how: str) -> None:
     """A run silent for an hour, by what its hash says."""
