@@ -35,10 +35,10 @@ from relay.ingest.proxy import Call, ClientGone, Passed, Proxy, RunAnswer, RunWi
 from relay.ingest.push import Pushes
 from relay.ingest.upstream import TruncatedBody, Upstream, UpstreamRequest
 from relay.journal.base import Ended, Journal
-from relay.lifecycle import Ending, Reason, Status, ending
+from relay.lifecycle import OWNER_LOST, Ending, Reason, Status, ending
 from relay.metrics import Metrics
 from relay.push_api import push_routes
-from relay.reaper import OWNER_LOST, Reaper
+from relay.reaper import Reaper
 from relay.replay.reader import Reader, ReaderEnd, Readers, cursor_gone, ended_at, read_presented
 from relay.replay.response import (
     CONNECTION,

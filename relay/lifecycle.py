@@ -131,6 +131,9 @@ def ending(reason: Reason, error: str = "") -> Ending:
     return Ending(status, reason, text)
 
 
+OWNER_LOST = ending(Reason.OWNER_LOST, "The relay process that read this answer is gone.")
+
+
 def diagram() -> str:
     """The table as a Mermaid state diagram, every reason beside the transition that it stands for."""
     reasons: dict[Status, list[str]] = {}

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from relay.dialects.detect import error_events
 from relay.errors import JournalError, UnknownRun, UnknownStream
 from relay.journal.base import Ended, Journal
-from relay.lifecycle import Reason, Status, ending
+from relay.lifecycle import OWNER_LOST, Reason, Status, ending
 from relay.settings import Settings
 
 log = logging.getLogger("relay.reaper")
@@ -31,8 +31,6 @@ BATCH = 32
 
 REINDEXED_A_TICK = 20
 """Streams whose indexes are mended in one tick. 10,000 streams take a quarter of an hour."""
-
-OWNER_LOST = ending(Reason.OWNER_LOST, "The relay process that read this answer is gone.")
 
 _SAID_OF_LOST = error_events(OWNER_LOST)
 _SAID_OF_DUE = {reason: error_events(ending(reason)) for reason in (Reason.IDLE_TIMEOUT, Reason.MAX_RUN)}

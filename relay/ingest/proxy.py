@@ -17,7 +17,7 @@ import orjson
 
 from relay.cursor import Cursor
 from relay.dialects.base import Dialect
-from relay.dialects.detect import BY_NAME, by_path, error_events
+from relay.dialects.detect import BY_NAME, by_path
 from relay.errors import (
     BodyTooLarge,
     Busy,
@@ -38,6 +38,7 @@ from relay.errors import (
     UpstreamInvalid,
 )
 from relay.ingest.naming import naming_rules, parse_json, stream_routes
+from relay.ingest.opening import SAID_OF_SUPERSEDED, open_run
 from relay.ingest.owned import OnEnded, OwnedRuns
 from relay.ingest.pump import Called, CallingPump, Lines, Parser, Pump, ServerSentEvents
 from relay.ingest.upstream import Answer, Headers, Inflater, Upstream, UpstreamRequest, end_to_end
@@ -83,9 +84,6 @@ CLAIM_POLL_S = 0.1
 
 UNWRITTEN_MAX = 1000
 """Endings kept for a journal that is away; beyond that the oldest is given up."""
-
-
-_SAID_OF_THE_SUPERSEDED = error_events(ending(Reason.SUPERSEDED))
 
 
 class ClientGone(Exception):
@@ -468,7 +466,7 @@ class Proxy:
             owner=self._owned.name,
             supersedes=wishes.supersedes,
             if_busy=wishes.if_busy,
-            error_events=_SAID_OF_THE_SUPERSEDED if supersedes else {},
+            error_events=SAID_OF_SUPERSEDED if supersedes else {},
             deliver=bool(self._settings.webhook_url),
         )
 
@@ -480,7 +478,8 @@ class Proxy:
         done = asyncio.get_running_loop().create_future()
         self._openings.add(done)
         try:
-            opened = await self._opened(opening)
+            timeout_s = self._settings.journal_timeout_s
+            opened = await open_run(self._journal, opening, timeout_s, self._on_ended)
         except JournalUnavailable:
             # The run may have been opened: then it must end, and nobody else knows of it.
             self._write_later(writer, partial(_end_unanswered, writer))
@@ -494,35 +493,11 @@ class Proxy:
             self._openings.discard(done)
             done.set_result(None)
         writer.opened(opened)
-        self._tell_superseded(opening, opened)
         self._pumps[opening.stream, opening.run] = pump
         self._spawn(self._run(pump), self._tasks)
         if self._shut:
             pump.stop(_shut_down())
         return pump, opened
-
-    def _tell_superseded(self, opening: RunOpening, opened: Opened) -> None:
-        # The new run holds one `run.superseded` for each of those that had ended before.
-        ended_now = len(opened.superseded) - (opened.last.seq - opened.first.seq)
-        for name in opened.superseded[:ended_now]:
-            self._on_ended(opening.stream, name, ending(Reason.SUPERSEDED), 0)
-        if opened.frames_after:
-            log.warning(
-                "stream=%s run=%s supersedes %s: %d frames of other runs (%s) stand at or after the start of "
-                "the first superseded run; they are not rolled back",
-                opening.stream, opening.run, ", ".join(opened.superseded), opened.frames_after,
-                ", ".join(opened.runs_after),
-            )  # fmt: skip
-
-    async def _opened(self, opening: RunOpening) -> Opened:
-        """Open a run, and ask once more if a connection broke under the question."""
-        asked_at = self._now()
-        try:
-            return await self._journal.open_run(opening)
-        except JournalUnavailable:
-            if self._now() - asked_at > self._settings.journal_timeout_s / 2:
-                raise  # no blip: the client has waited long enough
-            return await self._journal.open_run(opening)
 
     async def _run(self, pump: Pump) -> None:
         key = (pump.writer.stream, pump.writer.run)

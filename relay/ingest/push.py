@@ -39,6 +39,7 @@ from relay.errors import (
 )
 from relay.frame import Event
 from relay.ingest.formats import FrameParser
+from relay.ingest.opening import SAID_OF_SUPERSEDED, open_run
 from relay.ingest.owned import OnEnded, OwnedRuns
 from relay.ingest.proxy import ClientGone, RunWishes
 from relay.ingest.writer import RunWriter
@@ -65,8 +66,6 @@ DRAINED_S = 5.0
 """How long producers that were sent away may take to be told."""
 
 _HOLDER = "push"
-
-_SAID_OF_THE_SUPERSEDED = error_events(ending(Reason.SUPERSEDED))
 
 
 class Piece(NamedTuple):
@@ -302,7 +301,6 @@ class Pushes:
         except RunExists:
             return await self.rejoin(stream, run)
         self._know(stream, run, wanted.writer, BY_NAME.get(wanted.dialect))
-        await self._tell_superseded(wanted, opened)
         return Turn(stream, run, wanted.writer, opened.start, 1, opened=opened)
 
     async def rejoin(self, stream: str, run: str) -> Turn:
@@ -338,7 +336,7 @@ class Pushes:
             max_run_s=settings.max_run_s,
             supersedes=wishes.supersedes,
             if_busy=wishes.if_busy,
-            error_events=_SAID_OF_THE_SUPERSEDED,
+            error_events=SAID_OF_SUPERSEDED,
             deliver=bool(settings.webhook_url),
         )
 
@@ -350,44 +348,7 @@ class Pushes:
         return Turn(stream, run, writer, info.start, taken.next_seq)
 
     async def _opened(self, wanted: RunOpening) -> Opened:
-        """Open a run, and ask once more if a connection broke under the question."""
-        now = asyncio.get_running_loop().time
-        asked_at = now()
-        try:
-            return await self._journal.open_run(wanted)
-        except JournalUnavailable:
-            if now() - asked_at > self._settings.journal_timeout_s / 2:
-                raise  # no blip: the client has waited long enough
-            return await self._journal.open_run(wanted)
-
-    async def _tell_superseded(self, wanted: RunOpening, opened: Opened) -> None:
-        """Count the runs that this one ended, and warn of what stays behind them."""
-        for run in await self._ended_by(wanted.stream, opened):
-            self._on_ended(wanted.stream, run, ending(Reason.SUPERSEDED), 0)
-        if opened.frames_after:
-            log.warning(
-                "stream=%s run=%s supersedes %s: %d frames of other runs (%s) stand at or after the start of "
-                "the first superseded run; they are not rolled back",
-                wanted.stream, wanted.run, ", ".join(opened.superseded), opened.frames_after,
-                ", ".join(opened.runs_after),
-            )  # fmt: skip
-
-    async def _ended_by(self, stream: str, opened: Opened) -> Sequence[str]:
-        """Those of the superseded runs that were open until then."""
-        # The new run holds one `run.superseded` for each of those that had ended before.
-        ended_now = len(opened.superseded) - (opened.last.seq - opened.first.seq)
-        if ended_now in (0, len(opened.superseded)):
-            return opened.superseded[:ended_now]
-        try:
-            states = await self._journal.states([(stream, run) for run in opened.superseded])
-        except JournalError:
-            return ()
-        newest = sorted(
-            (state.last, run)
-            for run, state in zip(opened.superseded, states, strict=True)
-            if state is not None and state.last < opened.first
-        )
-        return [run for _, run in newest[-ended_now:]]
+        return await open_run(self._journal, wanted, self._settings.journal_timeout_s, self._on_ended)
 
     # Frames
 
@@ -478,7 +439,6 @@ class Pushes:
                 self._end_later(wanted.stream, wanted.run, ending(Reason.JOURNAL_LOST))
                 raise
             writer.opened(opened)
-            await self._tell_superseded(wanted, opened)
             max_run_s = self._settings.max_run_s
             if max_run_s:
                 too_old = ending(Reason.MAX_RUN, f"The run was open for {max_run_s:g} s.")

@@ -59,8 +59,9 @@ class Opened(NamedTuple):
     """`start` is the position from which the run's first frame, `run.started`, is the next one, `first` the
     id of that frame, `last` the id of the last frame journaled in the step.
 
-    `superseded` are the runs that this one superseded. `frames_after` counts frames of other runs that stood
-    at or after the start of the first of them, and `runs_after` names some of those runs (64 at most)."""
+    `superseded` are the runs that this one superseded: first those that were open until then, and in each
+    half the oldest first. `frames_after` counts frames of other runs that stood at or after the start of the
+    first of them, and `runs_after` names some of those runs (64 at most)."""
 
     start: Cursor
     first: Cursor
@@ -68,6 +69,12 @@ class Opened(NamedTuple):
     superseded: Sequence[str] = ()
     frames_after: int = 0
     runs_after: Sequence[str] = ()
+
+    @property
+    def ended(self) -> Sequence[str]:
+        """The superseded runs that were open until then."""
+        # The new run holds one `run.superseded` for each of those that had ended before.
+        return self.superseded[: len(self.superseded) - (self.last.seq - self.first.seq)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ from relay.journal.sqlite_file import (
     to_ms,
 )
 from relay.journal.sqlite_reading import open_runs
-from relay.lifecycle import TRANSITIONS, Act, Ending, Reason, Status, allowed, ending
+from relay.lifecycle import OWNER_LOST, TRANSITIONS, Act, Ending, Reason, Status, allowed, ending
 from relay.limits import Retention
 
 SWEEP_MAX_ROWS = 1000
@@ -308,6 +308,8 @@ class Store:
         frames_after, runs_after = self._standing_after(stream, superseded)
         ms = max(now, stream.last_ms)
         ended_before = [run for run in superseded if run.status is not Status.OPEN]
+        names = tuple(run.name for run in superseded if run.status is Status.OPEN)
+        names += tuple(run.name for run in ended_before)
         for run in superseded:
             run.superseded_by = opening.run
             self._turned_runs[run.id] = run
@@ -318,7 +320,6 @@ class Store:
         data = run_started(opening.run, opening.dialect or None, metadata)
         first = [Event(CONTROL_EVENT, data)]
         first += (Event(CONTROL_EVENT, run_superseded(run.name, opening.run)) for run in ended_before)
-        names = tuple(run.name for run in superseded)
         said = orjson.dumps([len(first), names, frames_after, runs_after]).decode() if superseded else ""
         run = self._insert_run(stream, opening, start, ms, said)
         self._journal(stream, run, ms, first)
@@ -480,11 +481,10 @@ class Store:
             f"WHERE status = 'open' AND owner NOT IN ('', :owner) AND {LIVE} ORDER BY runs.id",
             {"owner": owner, "now": now},
         ).fetchall()
-        how = ending(Reason.OWNER_LOST, "The relay process that read this answer is gone.")
-        said = detect.error_events(how)
+        said = detect.error_events(OWNER_LOST)
         for stream_name, name in orphans:
             stream, run = self._known_run(stream_name, name, now)
-            self._end(stream, run, how, said, now)
+            self._end(stream, run, OWNER_LOST, said, now)
 
     # Operations on deliveries, whose columns are not cached.
 

@@ -363,3 +363,16 @@ async def test_p3_of_many_who_regenerate_at_once_the_last_is_left_open(journal: 
     )
     frames = await everything(journal, stream)
     assert [frame.seq for frame in frames] == list(range(1, len(frames) + 1))
+
+
+async def test_the_superseded_runs_that_were_open_until_then_are_told_apart(
+    journal: Journal, stream: str
+) -> None:
+    for run in ("r1", "r2", "r3", "r4"):
+        await journal.open_run(opening(stream, run))
+    await journal.append(batch(stream, 1, run="r1", ending=COMPLETED))
+    await journal.append(batch(stream, 1, run="r3", ending=COMPLETED))
+    wanted = opening(stream, "r5", supersedes=["r3", "r4", "r1", "r2"])
+    opened = await journal.open_run(wanted)
+    assert (opened.superseded, opened.ended) == (("r2", "r4", "r1", "r3"), ("r2", "r4"))
+    assert (await journal.open_run(wanted)).ended == ("r2", "r4")

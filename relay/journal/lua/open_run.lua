@@ -90,8 +90,11 @@ local refusal = add_frames(frames, index, s, now, message)
 if refusal then return refusal end
 
 local superseded, ended = {}, {}
-for i, r in ipairs(old) do
-  superseded[i] = r.name
+for _, r in ipairs(old) do
+  if r.ends then superseded[#superseded + 1] = r.name end
+end
+for _, r in ipairs(old) do
+  if not r.ends then superseded[#superseded + 1] = r.name end
   call('HSET', r.key, 'superseded_by', name)
   if r.ends then
     note_ending(message, open, r.name, r, ending, r.place - (r.from - 3) / 3)
