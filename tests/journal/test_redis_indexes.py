@@ -334,6 +334,8 @@ def test_what_was_delivered_is_not_delivered_again_when_its_ending_is_filed_agai
                 await journal.file_ending(stream, "r1")
             await journal.delete("deleted")
             assert [each[:2] for each in await journal.claim_deliveries(10, 600)] == [("s", "r1")]
+            await journal.file_ending("s", "r1")  # whoever has it has it still
+            assert await journal.claim_deliveries(10, 600) == []
             await journal.settle_delivery("s", "r1")
             await journal.file_ending("s", "r1")
             await journal.reindex("", 100)
