@@ -645,6 +645,11 @@ class Client:
 
     # At quiescence
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it has more than the journal."""
+        return self.position is not None and self.position.seq > self.stream.now.top
+
     def check_served(self) -> None:
         """Everything has been said and done: whoever is connected has everything, or has been let go."""
         state = self.stream.now

@@ -50,9 +50,8 @@ WISHES = st.builds(
 RARELY = st.sampled_from((True, *(False,) * 5))
 HOLDERS = st.tuples(st.sampled_from(("", "p1", "p2")), st.sampled_from(("", "wordy")))
 IF_BUSY = st.sampled_from(("allow", "allow", "allow", "supersede", "reject"))
-OLD = st.sampled_from(
-    (("latest",), ("latest",), ("r0",), ("r0", "latest"), ("r0", "r1", "r2"), (), ("nobody",))
-)
+OLD = st.lists(st.sampled_from(("latest", "latest", 0, 0, 0, 1, 2, "nobody")), max_size=3)
+"""Runs to supersede: the newest, one by its number, or one that is not there."""
 
 
 def pick(items: list[T], number: int) -> T:
@@ -79,7 +78,7 @@ STEPS: dict[str, tuple[int, st.SearchStrategy[tuple[Any, ...]]]] = {
     "append_with_repeats": (2, st.tuples(PICK, EVENTS, st.integers(0, 4), ENDINGS, st.booleans(), HURRY)),
     "end_run": (4, st.tuples(PICK, LAST_EVENTS, ENDINGS, st.booleans(), HURRY)),
     "open_run": (3, st.tuples(STREAMS, RUNS, RARELY, RETENTIONS, HOLDERS, st.booleans(), HURRY)),
-    "supersede": (4, st.tuples(STREAMS, OLD, IF_BUSY, RARELY, HOLDERS, st.booleans(), HURRY)),
+    "supersede": (5, st.tuples(STREAMS, OLD, IF_BUSY, RARELY, HOLDERS, st.booleans(), HURRY)),
     "cancel": (3, st.tuples(PICK, st.booleans(), st.booleans(), HURRY)),
     "take_over": (3, st.tuples(PICK, st.booleans(), HURRY)),
     "kill_owner": (2, st.tuples(st.sampled_from(("p1", "p2")), HURRY)),
@@ -91,6 +90,7 @@ STEPS: dict[str, tuple[int, st.SearchStrategy[tuple[Any, ...]]]] = {
     "save": (3, st.tuples(STREAMS)),
     "rewind": (1, st.tuples(PICK, st.booleans(), HURRY)),
     "fork": (4, st.tuples(PICK, st.sampled_from(("rewind", "rewind", "rewind", "recreate")), BATCHES, HURRY)),
+    "fail_over": (3, st.tuples(PICK, BATCHES, ENDINGS, st.booleans(), HURRY)),
     "restart": (2, st.tuples(st.booleans())),
     "break_something": (4, st.tuples(st.sampled_from(("hints", "reads", "failures")), st.integers(1, 3))),
     "doubt": (3, st.tuples(STREAMS, st.booleans())),
@@ -129,6 +129,7 @@ class Machine(RuleBasedStateMachine):
         pages=st.sampled_from((1, 2, 3, 1000)),
         ring=st.sampled_from((3, 6, 4096)),
         grace=st.sampled_from((0.0, 5.0)),
+        company=st.sampled_from((0, 0, 1, 2)),
         retention=RETENTIONS,
         wishes=st.tuples(WISHES, WISHES),
         seed=PICK,
@@ -138,13 +139,16 @@ class Machine(RuleBasedStateMachine):
         pages: int,
         ring: int,
         grace: float,
+        company: int,
         retention: Retention,
         wishes: tuple[Wish, Wish],
         seed: int,
     ) -> None:
         self.world = World(type(self).make_backend(), pages, ring, grace, seed)
         for stream in self.the.streams:
-            self.the.open_run(stream, "r0", seal=seed % 6 == 0, retention=retention)
+            for number in range(company + 1):
+                seals = number == company and seed % 6 == 0
+                self.the.open_run(stream, f"r{number}", seal=seals, retention=retention)
         for wish in wishes:
             self.the.add_client(self.the.streams[0], wish)
         self.the.settle()
@@ -207,23 +211,24 @@ class Machine(RuleBasedStateMachine):
     def supersede(
         self,
         stream: int,
-        old: tuple[str, ...],
+        old: list[str | int],
         if_busy: str,
         seal: bool,
         holder: tuple[str, str],
         unheard: bool,
         hurry: bool,
     ) -> None:
-        """A new run in the place of others. Of those that are named, only what is there, unless nobody is."""
+        """A new run in the place of others."""
         one = self.the.streams[stream]
         owner, dialect = holder
+        names = list(one.now.runs)
         self.the.open_run(
             one,
             _fresh(one),
             seal=seal,
             owner=owner,
             dialect=dialect,
-            supersedes=[name for name in old if name in ("latest", "nobody", *one.now.runs)],
+            supersedes=[which if isinstance(which, str) else pick(names, which) for which in old if names],
             if_busy=if_busy,
             unheard=unheard,
         )
@@ -326,6 +331,21 @@ class Machine(RuleBasedStateMachine):
     def rewind(self, which: int, live: bool, hurry: bool) -> None:
         if self.the.saved:
             self.the.rewind(which, live=live)
+        self._after(hurry)
+
+    def fail_over(
+        self, which: int, batches: list[list[Event]], ended: Any, slowly: bool, hurry: bool
+    ) -> None:
+        """The journal loses what was said just now, or longer ago, and gets it back."""
+        stream = self.the.streams[which % 2]
+        if which % 3:
+            self.the.save(stream)
+            for events in batches:
+                self._go_on(stream, which, events)
+            if ended and stream.now.open_runs():
+                self.the.append(stream, stream.now.open_runs()[0], [], 0, ended, error=which % 5 == 0)
+            which = -1
+        self.the.fail_over(which, slowly=slowly)
         self._after(hurry)
 
     def fork(self, which: int, way: str, batches: list[list[Event]], hurry: bool) -> None:

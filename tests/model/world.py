@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import shutil
@@ -38,6 +39,7 @@ from relay.journal.base import (
     Append,
     Appended,
     Ended,
+    Held,
     Journal,
     Opened,
     RunOpening,
@@ -314,8 +316,9 @@ class World:
         self.settle()
         self.pass_time(0.3)  # a reader's own pause
         if not self._missed:
-            # Nothing was kept from relay, so it needs no second look to have served everybody.
-            self._check_served()
+            # Nothing was kept from relay, so it needs no second look to have served everybody. Only what a
+            # client has and the journal has not is waited for.
+            self._check_served(but_ahead=True)
         self.pass_time(2.5)  # pauses after failures
         self.check_quiet()
         self.settle()
@@ -331,9 +334,10 @@ class World:
         for stream in self.streams:
             self._last_quiet[stream.name] = len(stream.states) - 1
 
-    def _check_served(self) -> None:
+    def _check_served(self, *, but_ahead: bool = False) -> None:
         for client in self.clients:
-            client.check_served()
+            if not (but_ahead and client.is_ahead):
+                client.check_served()
 
     def release_hints(self, fate: str) -> None:
         """Decide what becomes of the hints held."""
@@ -548,7 +552,7 @@ class World:
         after = state.others_since(old[0], [run.name for run in old]) if old else []
         expected = Opened(
             *(_cursor(start), _cursor(first), _cursor(nodes[-1])),
-            tuple(run.name for run in old),
+            tuple(run.name for run in sorted(old, key=lambda run: run.ended is not None)),
             len(after),
             opened.runs_after,
         )
@@ -820,6 +824,76 @@ class World:
             self.backend.pass_ms(max([node.ms for node in each.nodes.values()], default=0))
         if not live:
             self._start()
+
+    def fail_over(self, number: int, *, slowly: bool) -> None:
+        """The journal loses what came after a copy, and its writers put it back before relay gives up on it:
+        nothing has happened to any reader. Left alone are states that writers cannot put back, and clients
+        that are just being answered: relay reads for them what is there."""
+        if not self.saved or not self.backend.rewinds_live or not self._settings.rewind_grace_s:
+            return
+        stream, (then,), saved = self.saved[number % len(self.saved)]
+        assert stream is not None
+        lost = self._can_be_put_back(stream.now, then)
+        answering = any(client.connected and not client.answered for client in self.clients)
+        if not lost or answering or self.journal.holds_reads or self.journal.failures:
+            return
+        self._missed = True
+        tokens = [run.token for state in stream.states for run in state.runs.values()]
+        self.backend.restore(stream.name, list(set(tokens)), saved)
+        for opening, held in self._held_by_writers(stream, then, lost):
+            if slowly:
+                self.settle()
+            self._do(self.inner.restore(opening, held))
+            if self.choice.random() < 0.2:
+                self._do(self.inner.restore(opening, held))
+        self._become(stream, replace(stream.now, earliest=then.earliest if then.exists else 1).retained())
+        self.check_journal()
+
+    @staticmethod
+    def _can_be_put_back(now: State, then: State) -> list[Node]:
+        """The frames after a former state, oldest first; none where more changed than they can tell."""
+        lost = list(now.path())
+        if then.exists:
+            lost = list(itertools.takewhile(lambda node: node is not then.head, lost))
+        changed = any(
+            (run.writer, run.owner) != (now.runs[name].writer, now.runs[name].owner)
+            for name, run in then.runs.items()
+            if name in now.runs
+        )
+        sealed = then.sealed or any(run.seals for name, run in now.runs.items() if name not in then.runs)
+        told = any(node.is_control and b"run.superseded" in node.data for node in lost)
+        if changed or told or sealed != now.sealed or (then.exists and then.life != now.life):
+            return []
+        return lost[::-1]
+
+    def _held_by_writers(
+        self, stream: Stream, then: State, lost: Sequence[Node]
+    ) -> Iterator[tuple[RunOpening, Held]]:
+        sent = {name: len(run.events) for name, run in then.runs.items()}
+        error: Node | None = None
+        for node in lost:
+            run = stream.now.runs[node.run]
+            opening = RunOpening(
+                *(stream.name, run.name, run.writer, run.token, stream.now.retention),
+                dialect=run.dialect,
+                answer=ANSWER,
+                owner=run.owner,
+                seal=run.seals,
+            )
+            event = Event(node.event, node.data)
+            count = sent.get(run.name)
+            if count is None:
+                sent[run.name] = 0
+                yield opening, Held(_cursor(node), 0, [event], 0)
+            elif node.is_terminal:
+                said = None if error is None else Event(error.event, error.data)
+                yield opening, Held(_cursor(error or node), count + 1, (), 0, said, run.ended)
+                error = None
+            elif count == len(run.events):
+                error = node
+            else:
+                sent[run.name] += 1
+                yield opening, Held(_cursor(node), count + 1, [event], TEXT_BYTES)
 
     # Clients
 
