@@ -6,13 +6,14 @@ import asyncio
 import os
 import secrets
 import signal
+import time
 from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import aiohttp
 from faults.agent import CHAT
-from faults.listener import Listener, all_of
+from faults.listener import DEADLINE_S, Listener, all_of
 from faults.pair import Followed, Pair, followed, fresh_sessions, late, reader_of, until
 from faults.pusher import Pusher
 from faults.tally import Tally, kept_of, shown_to
@@ -136,6 +137,21 @@ async def dead_found(server: RedisServer, prefix: str) -> None:
         await until(is_over)
 
 
+def await_looks(pair: Pair, turn: Followed, count: int) -> None:
+    """Wait until the lease of a run's owner has lapsed, and then until somebody looked for it so often."""
+    deadline = time.monotonic() + DEADLINE_S
+    with pair.server.client() as client:
+        owner = client.hget(f"{pair.prefix}:{{{turn.stream}}}:run:{turn.run}", "owner")
+        assert isinstance(owner, bytes)
+        lease = f"{pair.prefix}:owner:{owner.decode()}"
+        while client.pttl(lease) != -2:
+            assert time.monotonic() < deadline, "the lease does not lapse"
+        with client.monitor() as monitor:
+            while count:
+                assert time.monotonic() < deadline, "nobody looks for the lease"
+                count -= monitor.next_command()["command"] == f"EXISTS {lease}"
+
+
 Outage = tuple[Callable[[RedisServer], None], Callable[[RedisServer], None]]
 
 OUTAGES: dict[str, Outage] = {
@@ -145,7 +161,8 @@ OUTAGES: dict[str, Outage] = {
 
 
 async def redis_away(pair: Pair, rng: Random, tally: Tally, outage: str, runs: int = 4) -> None:
-    """Nobody can renew a lease, or be heard of, for longer than it takes to be held for dead."""
+    """Nobody can renew a lease, or be heard of, for longer than it takes to be held for dead; and when Redis
+    is back, one of the two finds its way later, so that the other looks for its lease in vain."""
     take_away, bring_back = OUTAGES[outage]
     lease_s = pair.settings["owner_lease_s"]
     async with fresh_sessions() as sessions:
@@ -162,14 +179,17 @@ async def redis_away(pair: Pair, rng: Random, tally: Tally, outage: str, runs: i
             await pusher.open()
         pushing = [asyncio.create_task(pusher.push()) for pusher in pushers]
         await asyncio.gather(*(pusher.has(3) for pusher in pushers))
-        await dead_found(pair.server, pair.prefix)
         await turns[0].client.has(len(turns[0].client.data) + rng.randint(1, 20))
         await asyncio.to_thread(take_away, pair.server)
         tally.inject(outage)
+        pair.seams[1].refusing = True
+        pair.seams[1].cut_all()
         try:
             await asyncio.sleep(3 * lease_s)  # the outage itself
         finally:
             await asyncio.to_thread(bring_back, pair.server)
+        await asyncio.to_thread(await_looks, pair, turns[-1], 3)
+        pair.seams[1].refusing = False
         await dead_found(pair.server, pair.prefix)
         for pusher in pushers:
             await pusher.has(pusher.accepted + 3)

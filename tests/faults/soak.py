@@ -31,10 +31,12 @@ from faults.tally import Tally
 from redis_server import RedisServer
 from scripted_upstream import ScriptedUpstream
 
+SETTINGS = FAST | {"journal_timeout_s": 3, "drain_grace_s": 2}
 
-def round_of(
-    pair: Pair, lone: Lone, races: int
-) -> list[Callable[[Random, Tally], Coroutine[Any, Any, None]]]:
+Scene = Callable[[Random, Tally], Coroutine[Any, Any, None]]
+
+
+def round_of(pair: Pair, lone: Lone, races: int) -> list[Scene]:
     """Every fault, those that are cheap and rare more than once."""
     on_pair: list[Callable[..., Coroutine[Any, Any, None]]] = [
         *[deaths.owner_killed] * 4,
@@ -66,7 +68,7 @@ def main() -> int:
         server = RedisServer.start("--appendonly", "yes", "--appendfsync", "always")
         stack.callback(server.stop)
         upstream = stack.enter_context(ScriptedUpstream.running())
-        pair = stack.enter_context(Pair.running(server, upstream, **FAST, drain_grace_s=2))
+        pair = stack.enter_context(Pair.running(server, upstream, **SETTINGS))
         path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relay-soak-"))) / "relay.db"
         lone = stack.enter_context(Lone(path, upstream))
         try:

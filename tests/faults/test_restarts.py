@@ -20,7 +20,7 @@ def test_p3_what_a_killed_process_read_ends_when_it_is_back_and_what_is_pushed_g
     """Once, however often it is killed: each time it finds the runs of the times before."""
     rng = Random(seed)
     with Lone(tmp_path / "relay.db", upstream) as lone:
-        for _ in range(3):
+        for _ in range(2):
             asyncio.run(restarted(lone, rng, tally))
 
 
