@@ -94,6 +94,7 @@ class Tail:
         self._waiting: set[Sleeper] = set()
         self._unsettled: list[tuple[Cursor, Sequence[Frame]]] = []
         self._doubted = False
+        self._sealing_doubted = False
         self._settling: asyncio.Task[None] | None = None
         self._patience = Patience(tails)
         self._flush_timer: asyncio.TimerHandle | None = None
@@ -181,10 +182,11 @@ class Tail:
             self._settling.cancel()
         self._wake()
 
-    def on_sealed(self) -> None:
-        """The stream takes no further run."""
-        self._sealed = True
-        self._wake()
+    def doubt_sealing(self) -> None:
+        """Ask the journal whether the stream takes further runs, and which are open: what is known of that
+        here is no older than the last frame, and that may not be the stream's."""
+        self._sealing_doubted = True
+        self.doubt()
 
     def doubt(self) -> None:
         """Read the journal: something may have been missed."""
@@ -241,14 +243,17 @@ class Tail:
         if standing is Standing.HERE and not page.more:
             if page.frames:
                 self._take(page.frames)
-        else:
-            # Too far behind to catch up in memory, or not the journal read before: begin anew at its end.
-            await self._restart(count=not standing.same_life)
+            if not self._sealing_doubted:
+                return True
+        # Too far behind to catch up in memory, not the journal read before, or changed in a way that no frame
+        # tells: begin anew at its end.
+        await self._restart(count=not standing.same_life)
         return True
 
     async def _restart(self, *, count: bool) -> None:
         self._unsettled.clear()
         info = await self._tails.journal.describe(self.stream)
+        self._sealing_doubted = self._sealing_doubted and self._doubted  # told meanwhile: asked again
         self.forget()
         self.known = True
         self.top = self._floor = info.extent.top
@@ -264,7 +269,7 @@ class Tail:
             self.generation += 1
         self.forget()
         self.known, self.top, self._floor = True, ORIGIN, ORIGIN
-        self._sealed = False
+        self._sealed = self._sealing_doubted = False
         self._open_runs.clear()
         self._wake()
 
@@ -416,7 +421,7 @@ class Tails:
         """The journal's hint that a stream was sealed."""
         tail = self._tails.get(stream)
         if tail is not None:
-            tail.on_sealed()
+            tail.doubt_sealing()
 
     def on_doubt(self, stream: str) -> None:
         """The journal cannot promise that nothing was missed."""
@@ -438,8 +443,8 @@ class Tails:
             top, sealed = tops.get(tail.stream, (ORIGIN, False))
             if not tail.known or top != tail.top:
                 tail.doubt()
-            elif sealed and not tail.sealed:
-                tail.on_sealed()
+            elif sealed != tail.sealed:
+                tail.doubt_sealing()
 
     # Holding
 

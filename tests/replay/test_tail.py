@@ -238,7 +238,40 @@ def test_a_tail_that_was_not_told_of_sealing_finds_out(tmp_path: Path) -> None:
             await stage.journal.seal("s")
             tail.active_at = -1e9
             await stage.tails.check_quiet()
+            await stage.settled()
             assert tail.finished
+
+    asyncio.run(test())
+
+
+def test_a_tail_that_missed_a_run_is_not_finished_by_hearing_of_the_sealing(tmp_path: Path) -> None:
+    """Readers would be told that there is no more, and never come back for it."""
+
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            tail = await followed(stage)
+            await stage.say("a", end=True)
+            await stage.settled()
+            stage.journal.withheld = []
+            await stage.open(run="another")
+            await stage.journal.seal("s")
+            await stage.until(lambda: tail.sealed)
+            assert (tail.finished, tail.run_is_open("another")) == (False, True)
+
+    asyncio.run(test())
+
+
+def test_a_tail_believes_the_journal_and_not_a_late_word_of_sealing(tmp_path: Path) -> None:
+    """It may be of before the journal was rewound."""
+
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            tail = await followed(stage)
+            await stage.say("a", end=True)
+            await stage.settled()
+            stage.journal.on_sealed("s")
+            await stage.settled()
+            assert (tail.sealed, tail.finished) == (False, False)
 
     asyncio.run(test())
 
