@@ -183,8 +183,8 @@ class Tail:
         self._wake()
 
     def doubt_sealing(self) -> None:
-        """Ask the journal whether the stream takes further runs, and which are open: what is known of that
-        here is no older than the last frame, and that may not be the stream's."""
+        """Ask the journal whether the stream takes further runs, and which are open: what is known of them
+        here is as old as the last frame here, which may not be the stream's."""
         self._sealing_doubted = True
         self.doubt()
 
