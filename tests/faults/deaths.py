@@ -98,7 +98,7 @@ async def owner_paused(
             await turn.turn.await_over()
             assert turn.turn.closed
             assert len(turn.turn.said) > before  # it came back to frames that it had not read
-        assert seam.lost == lost_before + (0 if told else runs)
+        assert told or seam.lost == lost_before + runs
         seam.loses = lambda kind, channel, payload: False
         await all_of([turn.answer for turn in turns])
         for turn, journaled in zip(turns, kept, strict=True):
@@ -137,13 +137,19 @@ async def dead_found(server: RedisServer, prefix: str) -> None:
         await until(is_over)
 
 
+def lease_of(pair: Pair, turn: Followed) -> str:
+    """The key in Redis that is there while a run's owner lives."""
+    with pair.server.client() as client:
+        owner = client.hget(f"{pair.prefix}:{{{turn.stream}}}:run:{turn.run}", "owner")
+    assert isinstance(owner, bytes)
+    return f"{pair.prefix}:owner:{owner.decode()}"
+
+
 def await_looks(pair: Pair, turn: Followed, count: int) -> None:
     """Wait until the lease of a run's owner has lapsed, and then until somebody looked for it so often."""
     deadline = time.monotonic() + DEADLINE_S
+    lease = lease_of(pair, turn)
     with pair.server.client() as client:
-        owner = client.hget(f"{pair.prefix}:{{{turn.stream}}}:run:{turn.run}", "owner")
-        assert isinstance(owner, bytes)
-        lease = f"{pair.prefix}:owner:{owner.decode()}"
         while client.pttl(lease) != -2:
             assert time.monotonic() < deadline, "the lease does not lapse"
         with client.monitor() as monitor:
@@ -223,7 +229,7 @@ async def owner_drained(pair: Pair, rng: Random, tally: Tally, runs: int = 4) ->
         for reader in sent_away:
             await reader.has(1)
         await turns[0].client.has(rng.randint(1, 20))
-        drained = pair.owner
+        drained, lease = pair.owner, lease_of(pair, turns[0])
         drained.process.send_signal(signal.SIGTERM)
         tally.inject(DRAINED)
         await all_of(leaving)
@@ -240,7 +246,9 @@ async def owner_drained(pair: Pair, rng: Random, tally: Tally, runs: int = 4) ->
         await ended_elsewhere(turns)
         await all_of([turn.answer for turn in turns])
         await all_of(rest)
-        assert await asyncio.to_thread(drained.process.wait, 60) == 0
+        assert await asyncio.to_thread(drained.process.wait, DEADLINE_S) == 0
+        with pair.server.client() as client:
+            assert not client.exists(lease)  # given up: what it might have left need not wait for it to lapse
         for turn in endless:
             await turn.turn.await_over()
             assert turn.turn.closed
