@@ -378,6 +378,9 @@ async def test_p4_nothing_is_put_back_behind_an_ending(rewindable: Any, stream: 
     for each in lost:
         with pytest.raises((Diverged, RunEnded)):
             await journal.restore(opening(stream), each)
+    end = before[-1].id
+    with pytest.raises(RunEnded):
+        await journal.restore(opening(stream), lost[0]._replace(first=Cursor(end.seq + 1, end.ms + 1)))
     assert await everything(journal, stream) == before
     assert await the_ending(journal, stream) == ("cancelled", "client_cancel")
 
