@@ -74,7 +74,7 @@ class App:
         self.readers = Readers(settings.heartbeat_s, settings.write_timeout_s)
         self.draining = False
         self.diagnostics = Diagnostics()
-        self.owned = OwnedRuns(settings, self._run_ended)
+        self.owned = OwnedRuns(settings, self._run_ended, self.tails.seen)
         self.pushes = Pushes(journal, settings, self.owned, self._run_ended)
         self._reaper = Reaper(journal, settings, self.owned.name, self._reaped, time.monotonic)
         self._webhook = Webhook(journal, settings) if settings.webhook_url else None

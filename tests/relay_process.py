@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,17 @@ class RelayProcess:
             if line.startswith(line_start):
                 return float(line.rsplit(" ", 1)[1])
         return 0.0
+
+    def logged_line(self, words: str, *, since: int = 0) -> str:
+        """The line of the log, from line `since` on, that holds these words; it comes through a pipe, when it
+        comes."""
+        deadline = time.monotonic() + START_DEADLINE_S
+        while time.monotonic() < deadline:
+            for line in self.log[since:]:
+                if words in line:
+                    return line
+            time.sleep(0.01)
+        raise AssertionError(f"the log does not say {words!r}:\n" + "\n".join(self.log[since:]))
 
     def rss_bytes(self) -> int:
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():

@@ -239,6 +239,12 @@ def test_p3_a_run_whose_opening_was_not_answered_ends_when_the_journal_is_back(
     upstream.on_stream(f"/{name}", [b"data: one\n\n"])
     muted = threading.Event()
 
+    def command(data: bytes) -> bytes:
+        # Not sooner: what else is asked of Redis would wait in vain first, and no opening be sent at all.
+        if name.encode() in data and b"run.started" in data:
+            muted.set()
+        return data
+
     def reply(data: bytes) -> bytes:
         return b"" if muted.is_set() else data
 
@@ -249,10 +255,12 @@ def test_p3_a_run_whose_opening_was_not_answered_ends_when_the_journal_is_back(
         ) as relay,
     ):
         assert ask(relay, "GET", f"/{name}").status == 200  # Redis knows the scripts from now on
-        muted.set()
+        proxy.to_server = command
         answer = ask(relay, "POST", f"/{name}", f"Relay-Stream: {name}", body=b"{}")
         assert answer.problem["code"] == "journal_unavailable"
+        assert muted.is_set()
         muted.clear()
+        proxy.to_server = bytes
         record = whole_run(relay, name)
     assert record.outcome == ("lost", "journal_lost")
     assert record.texts == []

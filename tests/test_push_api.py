@@ -35,17 +35,6 @@ def controls(relay: RelayProcess, name: str, run: str) -> list[Any]:
     return [frame for frame in said if frame["type"].startswith("run.")]
 
 
-def logged_line(relay: RelayProcess, since: int, words: str) -> str:
-    """The line of the log that holds these words; it comes through a pipe, when it comes."""
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
-        for line in relay.log[since:]:
-            if words in line:
-                return line
-        assert time.monotonic() < deadline, words
-        time.sleep(0.01)
-
-
 class Waiting:
     """A heartbeat that waits, in a relay where nothing else follows a stream."""
 
@@ -191,7 +180,7 @@ def test_supersedes_ends_the_run_in_every_open_tab_and_says_what_stays(
         },
     ]  # fmt: skip
     assert relay.metric('relay_runs_ended_total{reason="superseded",status="cancelled"}') > 0
-    warning = logged_line(relay, logged, f"run={new.run} supersedes")
+    warning = relay.logged_line(f"run={new.run} supersedes", since=logged)
     assert "WARNING" in warning
     assert f"supersedes {old.run}: 1 frames of other runs ({other.run}) stand at or after" in warning
     assert "not rolled back" in warning

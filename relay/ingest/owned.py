@@ -57,12 +57,14 @@ class OwnedRuns:
     """The registry of this process's runs, and the journal's `RunOwner`.
 
     Make it in the process that serves, after every fork: two processes of one name would take each other's
-    runs for their own. `on_ended` is told of every run ended here.
+    runs for their own. `on_ended` is told of every run ended here; `seen` is as for `HeldMemory`.
     """
 
-    def __init__(self, settings: Settings, on_ended: OnEnded) -> None:
+    def __init__(
+        self, settings: Settings, on_ended: OnEnded, seen: Callable[[str], int] = lambda stream: 0
+    ) -> None:
         self.name = secrets.token_urlsafe(16)
-        self.memory = HeldMemory(settings.held_total_max_bytes)
+        self.memory = HeldMemory(settings.held_total_max_bytes, seen)
         self._settings = settings
         self._on_ended = on_ended
         self._runs: dict[tuple[str, str], _Run] = {}

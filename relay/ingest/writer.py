@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,11 @@ log = logging.getLogger("relay.writer")
 RETRY_FIRST_S = 0.05
 RETRY_MOST_S = 1.0
 
+TURN_WAIT_S = 0.25
+TURN_PAUSE_S = 0.005
+"""How long, and how often, a writer that puts frames back looks for those of another process that come before.
+Runs that took turns when they wrote take turns again, frame by frame."""
+
 HELD_FRAME_BYTES = 256
 """What a held frame counts beside its data, so that many small ones are bounded too."""
 
@@ -34,10 +39,12 @@ _BEFORE, _LAST_SEQ, _MS, _PRODUCER_SEQ, _TEXT_BYTES, _SIZE, _AT, _EVENTS = range
 
 
 class HeldMemory:
-    """What all writers of a process hold together, and may hold; and which of them hold something."""
+    """What all writers of a process hold together, and may hold; and which of them hold something. `seen` says
+    up to which seq this process has seen a stream, whoever wrote it."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, seen: Callable[[str], int] = lambda stream: 0) -> None:
         self.max_bytes = max_bytes
+        self.seen = seen
         self.bytes = 0
         self._writers: dict[str, list[RunWriter]] = {}
 
@@ -282,10 +289,35 @@ class RunWriter:
         pieces.sort(key=lambda piece: piece[1][_LAST_SEQ])
         for writer, kept in pieces:
             try:
-                await self._journal.restore(writer._opening, writer._as_held(kept))
+                await self._restore_in_turn(writer._opening, writer._as_held(kept))
             except (Diverged, Fenced, RunEnded):
                 if writer is self:
                     raise  # the others find out by themselves
+        await self._let_others_finish()
+
+    async def _restore_in_turn(self, opening: RunOpening, held: Held) -> None:
+        until = _now() + TURN_WAIT_S
+        while True:
+            try:
+                await self._journal.restore(opening, held)
+                return
+            except Diverged:
+                raise
+            except Rewound:
+                if _now() >= until:
+                    raise
+            await asyncio.sleep(TURN_PAUSE_S)
+
+    async def _let_others_finish(self) -> None:
+        """Wait for frames of other processes that were seen here and are missing behind ours, as long as they
+        may come back: what is appended before would take their place."""
+        pause_s = TURN_PAUSE_S
+        while self._rewound_at is not None and _now() - self._rewound_at < self._settings.rewind_grace_s:
+            top = (await self._journal.tops([self.stream])).get(self.stream)
+            if top is not None and top.id.seq >= self._memory.seen(self.stream):
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, TURN_WAIT_S)
 
     def _as_held(self, kept: tuple[Any, ...]) -> Held:
         values = iter(kept[_EVENTS:])

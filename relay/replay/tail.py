@@ -472,6 +472,11 @@ class Tails:
         elif self._tails.get(tail.stream) is tail:
             tail.idle_timer = self.call_at(self.now() + LINGER_S, lambda: self._drop_idle(tail))
 
+    def seen(self, stream: str) -> int:
+        """Up to which seq a stream was seen here; 0 where nobody looks, or looked long ago."""
+        tail = self._tails.get(stream)
+        return 0 if tail is None else tail.top.seq
+
     def readers_of(self, stream: str) -> int:
         """How many readers of this process hold the stream."""
         tail = self._tails.get(stream)

@@ -195,7 +195,8 @@ def test_a_regenerate_that_redid_one_half_of_a_turn_and_whose_log_claimed_what_i
     for kept in (before, bystander):
         assert (runs[kept.run]["status"], runs[kept.run]["superseded_by"]) == ("open", None)
         kept.push(end="completed")
-    (warning,) = [line for line in relay.log[logged:] if "WARNING" in line and name in line]
+    warning = relay.logged_line(f"stream={name} run={newer} supersedes", since=logged)
+    assert "WARNING" in warning
     assert "3 frames of other runs" in warning
     assert "at or after the start of the first superseded run" in warning
     assert "not rolled back" in warning
