@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 from faults.agent import CHAT
 from faults.listener import Listener, all_of
-from faults.pair import Followed, Pair, cancel, followed, fresh_sessions, late, run_of, until
+from faults.pair import Followed, Pair, cancel, fresh_sessions, late, run_of, until
 from faults.tally import Tally, kept_of
 
 NATURAL_END, TWICE, SUPERSEDE = "cancel and natural end", "cancel and cancel", "cancel and supersede"
@@ -63,11 +63,8 @@ async def with_natural_end(
 ) -> bool:
     """One cancel, `lead_s` before upstream is told to end; whether it won."""
     dialect = rng.choice(("raw", CHAT))
-    turn = await followed(
+    turn = await pair.followed(
         sessions,
-        pair.upstream,
-        pair.owner,
-        pair.other,
         words=rng.randint(1, 4),
         pace_s=0.001,
         dialect=dialect,
@@ -125,11 +122,8 @@ async def cancelled_twice(pair: Pair, rng: Random, tally: Tally, runs: int = 8) 
     """Two cancels at once, one at each relay: one of them ends the run, both are told the same."""
 
     async def one() -> None:
-        turn = await followed(
+        turn = await pair.followed(
             sessions,
-            pair.upstream,
-            pair.owner,
-            pair.other,
             pace_s=rng.uniform(0, 0.01),
             dialect=rng.choice(("raw", CHAT)),
         )

@@ -63,7 +63,6 @@ def main() -> int:
     options = parser.parse_args()
     number = options.seed if options.seed is not None else secrets.randbelow(1_000_000)
     tally = Tally()
-    ends = time.monotonic() + options.seconds
     with ExitStack() as stack:
         server = RedisServer.start("--appendonly", "yes", "--appendfsync", "always")
         stack.callback(server.stop)
@@ -71,6 +70,7 @@ def main() -> int:
         pair = stack.enter_context(Pair.running(server, upstream, **SETTINGS))
         path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relay-soak-"))) / "relay.db"
         lone = stack.enter_context(Lone(path, upstream))
+        ends = time.monotonic() + options.seconds
         try:
             while time.monotonic() < ends:
                 rng = Random(number)
