@@ -144,6 +144,9 @@ class RedisServer:
         self._process = None
 
 
+_SENTINEL_OPTIONS = {"down-after-milliseconds": 500, "failover-timeout": 3000}
+
+
 class RedisSentinel(RedisServer):
     """A sentinel that alone watches a primary, as service `main`, and fails over after half a second."""
 
@@ -152,14 +155,38 @@ class RedisSentinel(RedisServer):
         """Start one, and wait until it knows so many replicas."""
         sentinel = cls.start(
             f"sentinel monitor main 127.0.0.1 {primary.port} 1",
-            "sentinel down-after-milliseconds main 500",
-            "sentinel failover-timeout main 3000",
+            *(f"sentinel {option} main {value}" for option, value in _SENTINEL_OPTIONS.items()),
         )
         with sentinel.client() as client:
             _until(
                 lambda: _healthy(client.sentinel_slaves("main")) == replicas, "the sentinel knows replicas"
             )
         return sentinel
+
+    def await_primary(self, server: RedisServer) -> None:
+        """Wait until it says that this one is the primary, and this one knows."""
+        with self.client() as client, server.client() as primary:
+            _until(
+                lambda: (
+                    client.sentinel_get_master_addr_by_name("main")[1] == server.port
+                    and primary.role()[0] == b"master"
+                ),
+                "the sentinel promotes the replica",
+            )
+
+    def look_again(self, primary: RedisServer, *, replicas: int) -> None:
+        """Forget former failovers, and wait until the primary is this one, with so many replicas."""
+        with self.client() as client:
+            # Before it has taken the new primary for its own, it would begin again at the former one.
+            _until(lambda: client.sentinel_master("main")["port"] == primary.port, "the failover is over")
+            # Monitoring begins anew: after a reset it would ask for replicas ten seconds later.
+            client.sentinel_remove("main")
+            client.sentinel_monitor("main", "127.0.0.1", primary.port, 1)
+            for option, value in _SENTINEL_OPTIONS.items():
+                client.sentinel_set("main", option, value)
+            _until(
+                lambda: _healthy(client.sentinel_slaves("main")) == replicas, "the sentinel knows replicas"
+            )
 
     def _command(self) -> list[str]:
         config = self._directory / "sentinel.conf"  # it keeps there what it learns

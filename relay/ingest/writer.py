@@ -26,8 +26,8 @@ RETRY_MOST_S = 1.0
 
 TURN_WAIT_S = 0.25
 TURN_PAUSE_S = 0.005
-"""How long, and how often, a writer that puts frames back looks for those of another process that come before.
-Runs that took turns when they wrote take turns again, frame by frame."""
+"""How long, and how often, a writer that puts frames back looks for those of another process that come
+before. Runs that took turns when they wrote take turns again, frame by frame."""
 
 HELD_FRAME_BYTES = 256
 """What a held frame counts beside its data, so that many small ones are bounded too."""

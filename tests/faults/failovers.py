@@ -72,10 +72,12 @@ class Cluster:
         return relay
 
     def part(self) -> None:
-        """Let the replica hear no more of its primary. Pausing it would not do: what waits in its socket is
-        read when it goes on, whoever sent that is dead or not."""
-        with self.replica.client() as client:
-            client.replicaof("127.0.0.1", "1")
+        """Let the replica, which has everything so far, hear no more of its primary. Pausing it would not do:
+        what waits in its socket is read when it goes on, though who sent that is dead."""
+        with self.primary.client() as primary, self.replica.client() as replica:
+            primary.set(f"{self.prefix}:mark", "")
+            assert primary.wait(1, 30_000) == 1
+            replica.replicaof("127.0.0.1", "1")
 
     def count_frames(self, server: RedisServer) -> int:
         with server.client() as client:
@@ -87,7 +89,6 @@ class Cluster:
     def lose_primary(self) -> None:
         """kill -9, with frames that no replica has."""
         ahead = self.count_frames(self.primary) - self.count_frames(self.replica)
-        assert ahead > 0
         self.primary.kill()
         self.unreplicated += ahead
         self.failovers += 1

@@ -217,6 +217,54 @@ def test_p2_a_writer_waits_for_frames_that_another_process_has_to_put_back(
 
 
 @KINDS
+def test_p2_writers_of_two_processes_put_back_in_time_what_they_wrote_in_turn(
+    kind: str, tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """Frame by frame in turn, as it was. And who is done first does not write in the place of what it saw the
+    other write last."""
+
+    async def check() -> None:
+        async with rewinding(kind, tmp_path, redis_server) as journal:
+            seen = 0
+            memories = HeldMemory(10**6, lambda stream: seen), HeldMemory(10**6, lambda stream: seen)
+            one, two = await begun(journal, "one", memories[0]), await begun(journal, "two", memories[1])
+            await journal.remember()
+            for n in range(40):
+                await said(one, f"one-{n}")
+                await said(two, f"two-{n}")
+            await said(two, "last")
+            held = await journal.frames("s")
+            seen = held[-1].seq
+            await journal.rewind()
+            first = asyncio.create_task(said(one, "after"))
+            await asyncio.gather(first, said(two, "after"))
+            frames = await journal.frames("s")
+            assert frames[: len(held)] == held
+            assert [frame.data for frame in frames[len(held) :]] == [b"after", b"after"]
+
+    asyncio.run(check())
+
+
+@KINDS
+def test_frames_of_others_that_nobody_puts_back_are_waited_for_no_longer_than_readers_wait(
+    kind: str, tmp_path: Path, redis_server: RedisServer
+) -> None:
+    async def check() -> None:
+        async with rewinding(kind, tmp_path, redis_server) as journal:
+            writer = await begun(journal, memory=HeldMemory(10**6, lambda stream: 50), rewind_grace_s=0.1)
+            await journal.remember()
+            await said(writer, "lost")
+            held = await journal.frames("s")
+            await journal.rewind()
+            await said(writer, "after")
+            frames = await journal.frames("s")
+            assert frames[:-1] == held
+            assert frames[-1].data == b"after"
+
+    asyncio.run(check())
+
+
+@KINDS
 @pytest.mark.parametrize("why", ["held too little", "others never come back", "written on meanwhile"])
 def test_p3_what_cannot_be_put_back_ends_the_run_and_nothing_else_is_taken(
     kind: str, why: str, tmp_path: Path, redis_server: RedisServer
