@@ -39,8 +39,9 @@ _BEFORE, _LAST_SEQ, _MS, _PRODUCER_SEQ, _TEXT_BYTES, _SIZE, _AT, _EVENTS = range
 
 
 class HeldMemory:
-    """What all writers of a process hold together, and may hold; and which of them hold something. `seen` says
-    up to which seq this process has seen a stream, whoever wrote it."""
+    """What all writers of a process hold together, and may hold; and which of them hold something.
+
+    `seen` says up to which seq this process has seen a stream, whoever wrote it."""
 
     def __init__(self, max_bytes: int, seen: Callable[[str], int] = lambda stream: 0) -> None:
         self.max_bytes = max_bytes

@@ -155,8 +155,8 @@ Plot = Callable[[Failover, RelayProcess, RelayProcess], Awaitable[None]]
 async def fail_over(
     cluster: Cluster, rng: Random, tally: Tally, plots: Sequence[Plot], *, kill_owner: bool = False
 ) -> None:
-    """A failover with these plots. Their runs are written at the owner or at the other relay by chance, unless
-    the owner is to be killed: then at the owner."""
+    """A failover with these plots. Their runs are written at the owner or at the other relay by chance,
+    unless the owner is to be killed: then at the owner."""
     async with fresh_sessions() as sessions:
         failover = Failover(cluster, sessions, rng, tally, len(plots))
         async with asyncio.TaskGroup() as all_plots:
@@ -183,7 +183,7 @@ async def _in_time(plot: Awaitable[None], what: Plot) -> None:
 
 
 class Pager(Listener):
-    """Reads a run as JSON pages, until it has ended; told that its cursor is gone, it goes on where it may."""
+    """Reads a run as JSON pages, to its end; told that its cursor is gone, it goes on from where it may."""
 
     resets = 0
     cursor = "start"

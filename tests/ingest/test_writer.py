@@ -229,10 +229,9 @@ def test_p2_writers_of_two_processes_put_back_in_time_what_they_wrote_in_turn(
             memories = HeldMemory(10**6, lambda stream: seen), HeldMemory(10**6, lambda stream: seen)
             one, two = await begun(journal, "one", memories[0]), await begun(journal, "two", memories[1])
             await journal.remember()
-            for n in range(40):
+            for n in range(30):
                 await said(one, f"one-{n}")
-                await said(two, f"two-{n}")
-            await said(two, "last")
+                await said(two, f"two-{n}", "and on")
             held = await journal.frames("s")
             seen = held[-1].seq
             await journal.rewind()
