@@ -290,6 +290,9 @@ async def test_an_error_event_alone_takes_no_producer_sequence(journal: Journal,
     await journal.append(batch(stream, 1, "a"))
     end = await journal.append(batch(stream, 2, ending=FAILED, error_event=ERROR_EVENT))
     assert (end.appended, end.next_seq) == (0, 2)
+    info = await journal.run(stream, "r1")
+    assert (info.last_data, info.frames) == (3, 1)
+    assert (await journal.describe(stream)).last_data == 3
     with pytest.raises(RunEnded):
         await journal.append(batch(stream, 2, "b"))
     assert (await journal.append(batch(stream, 1, "a"))).duplicates == 1
@@ -482,11 +485,13 @@ async def test_no_other_run_gets_an_error_event(journal: Journal, stream: str, h
 
 async def test_an_append_can_make_a_run_one_that_was_proxied(journal: Journal, stream: str) -> None:
     await journal.open_run(opening(stream))
-    await journal.append(batch(stream, 1, answer=PROXIED, dialect="openai-chat"))
+    proxied = {"answer": PROXIED, "dialect": "openai-chat"}
+    await asyncio.gather(  # in this order, and without waiting for one another
+        journal.append(batch(stream, 1, **proxied)),
+        journal.append(batch(stream, 1, "a")),
+        journal.end_run(stream, "r1", LOST, ERROR_EVENTS),
+    )
     assert (await journal.run(stream, "r1")).answer == PROXIED
-    await journal.append(batch(stream, 1, "a"))
-    assert (await journal.run(stream, "r1")).answer == PROXIED
-    await journal.end_run(stream, "r1", LOST, ERROR_EVENTS)
     assert len(await everything(journal, stream)) == 4
 
 
