@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 from starlette.datastructures import Headers, QueryParams
@@ -25,10 +25,16 @@ from relay.errors import (
 )
 from relay.frame import Frame, frame_object, is_terminal, timestamp
 from relay.journal.base import Page, RunInfo, StreamInfo
-from relay.limits import PAGE_MAX_BYTES, PAGE_MAX_FRAMES, check_run_name, check_stream_name
+from relay.limits import (
+    PAGE_MAX_BYTES,
+    PAGE_MAX_FRAMES,
+    RUN_WORDS,
+    check_run_name,
+    check_stream_name,
+)
 from relay.metrics import CONTENT_TYPE
 from relay.ndjson import NDJSON
-from relay.replay.reader import Reader, cursor_gone, ended_at, read_presented
+from relay.replay.reader import Reader, cursor_gone, ended_at, find, lately_replaced
 from relay.replay.request import JSON, ReadRequest, read_limit, read_request, read_time
 from relay.replay.response import (
     CONNECTION,
@@ -228,19 +234,18 @@ class EventsEndpoint:
     ) -> None:
         if self._app.draining:
             raise Busy("This relay is shutting down.")
-        info = await self._existing(stream, request.wait_s, scope)
-        if info is None:
+        look = partial(self._look, stream, request, scope)
+        place = await find(self._app.tails, look) if _knows_of_it(request) else (await look())[0]
+        if place is None:
             if not _can_be_asked_back(request):
                 raise UnknownStream(f"Stream {stream!r} was not created in time.")
             await self._ask_to_come_back(stream, request, "not_yet", send)
             return
-        cursor = await self._cursor(info, request)
-        run = await self._run(info, request, cursor)
+        info, run, position, page = place
         if request.run is not None and run is None:
             await send_no_content(send)
             return
         view = request.view(None if run is None else run.run)
-        position, page = await self._place(info, run, request, cursor)
         standing = judge(position, page.extent, page.anchor_ms)
         nothing_left = _nothing_left(info, run, view, position)
         if request.cursor is not None:
@@ -266,10 +271,23 @@ class EventsEndpoint:
             ended_at=None if run is None else ended_at(run),
             rotate_at=self._app.rotate_at(),
         )
-        del page  # the reader lets go of it; here it would be held as long as the client stays
+        del page, place  # the reader lets go of it; here it would be held as long as the client stays
         # Said at once: a cut comes before any goodbye, and browsers wait for seconds unless told.
         prime = b"retry: %d\n\n" % self._app.tails.retry_ms() if view.media_type == EVENT_STREAM else b""
         await self._app.serve(reader, scope, send, status=200, headers=_head(view.media_type), prime=prime)
+
+    async def _look(self, stream: str, request: ReadRequest, scope: Scope) -> tuple[_Place | None, bool]:
+        """Where this reader begins, None in a stream that was not created in time; and whether the journal
+        has less than was shown to it, which may come back."""
+        info = await self._existing(stream, request.wait_s, scope)
+        if info is None:
+            return None, False
+        cursor = await self._cursor(info, request)
+        run = await self._run(info, request, cursor)
+        position, page = await self._place(info, run, request, cursor)
+        behind = cursor is not None and judge(cursor, page.extent, None) is Standing.AHEAD
+        may_come_back = bool(info.open_runs) or lately_replaced(self._app.tails)
+        return _Place(info, run, position, page), behind and may_come_back
 
     async def _existing(self, stream: str, wait_s: float, scope: Scope) -> StreamInfo | None:
         """The stream; None when it did not come into being in time. Raises `UnknownStream` without a wait."""
@@ -347,14 +365,13 @@ class EventsEndpoint:
     ) -> tuple[Cursor, Page]:
         """Where the reader stands, and what the journal holds after it."""
         read = partial(self._app.journal.read, info.stream)
-        bounds = _page_bounds(request)
+        nothing_to_show = request.run is not None and run is None
+        bounds = (1, 1) if nothing_to_show else _page_bounds(request)
         if cursor is None:
             start = info.extent.before_earliest if run is None else run.start
             position = info.extent.top if request.from_tail else start
             return position, await read(position, *bounds)
-        page = await read_presented(
-            self._app.tails, info.stream, cursor, *bounds, may_come_back=bool(info.open_runs)
-        )
+        page = await read(cursor, *bounds)
         standing = judge(cursor, page.extent, page.anchor_ms)
         if run is None or cursor.seq >= run.start.seq or not standing.same_life:
             return cursor, page
@@ -366,6 +383,15 @@ class EventsEndpoint:
         position = request.cursor if isinstance(request.cursor, Cursor) else None
         bye = view.notice("bye", position, reason=reason, retry_ms=self._app.tails.retry_ms())
         await send_whole(200, _head(view.media_type), bye, send)
+
+
+class _Place(NamedTuple):
+    """Where a reader begins: behind `position`, with `page`, in a stream and perhaps in one run of it."""
+
+    info: StreamInfo
+    run: RunInfo | None
+    position: Cursor
+    page: Page
 
 
 class News:
@@ -408,6 +434,11 @@ def _can_be_asked_back(request: ReadRequest) -> bool:
     """Whether a read that cannot be served now can be told so in a 200: by `bye`, or at least by `retry`."""
     in_band = request.media_type == NDJSON and request.control == "events"
     return in_band or request.media_type == EVENT_STREAM
+
+
+def _knows_of_it(request: ReadRequest) -> bool:
+    """Whether the client was told of what it asks for: by a cursor, or by the name of a run."""
+    return request.cursor is not None or request.run not in (None, *RUN_WORDS)
 
 
 def _page_bounds(request: ReadRequest) -> tuple[int, int]:

@@ -10,12 +10,13 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import orjson
 
 from relay.api import Api, run_object
-from relay.cursor import RESUME_PREFIX, Cursor, Standing, judge, parse_resume_id
+from relay.cursor import RESUME_PREFIX, Cursor, ResumeId, Standing, judge, parse_resume_id
 from relay.diagnostics import Diagnostics
 from relay.dialects.detect import BY_NAME, RAW
 from relay.errors import (
@@ -34,12 +35,12 @@ from relay.ingest.owned import OwnedRuns
 from relay.ingest.proxy import Call, ClientGone, Passed, Proxy, RunAnswer, RunWishes, StartedRun
 from relay.ingest.push import Pushes
 from relay.ingest.upstream import TruncatedBody, Upstream, UpstreamRequest
-from relay.journal.base import Ended, Journal
+from relay.journal.base import Ended, Journal, Page
 from relay.lifecycle import OWNER_LOST, Ending, Reason, Status, ending
 from relay.metrics import Metrics
 from relay.push_api import push_routes
 from relay.reaper import Reaper
-from relay.replay.reader import Reader, ReaderEnd, Readers, cursor_gone, ended_at, read_presented
+from relay.replay.reader import Reader, ReaderEnd, Readers, cursor_gone, ended_at, find
 from relay.replay.response import (
     CONNECTION,
     STREAMING_HEADERS,
@@ -285,6 +286,12 @@ class App:
     async def _resume(self, presented: str, browser: bool, scope: Scope, send: Send) -> None:
         """Answer a request that carries a resume id from the journal, never from upstream."""
         resume_id = parse_resume_id(presented)
+        answer, after, page = await find(self.tails, partial(self._look_up, resume_id))
+        await self._serve_known_run(answer, (after, page), browser, scope, send)
+
+    async def _look_up(self, resume_id: ResumeId) -> tuple[tuple[RunAnswer, Cursor, Page], bool]:
+        """The run of a resume id, the reader's cursor and what comes behind it; and whether the journal has
+        less of an open run than was shown to the reader. Raises `ResumeUnknown`."""
         found = await self.journal.resolve_token(resume_id.token)
         if found is None:
             raise ResumeUnknown("This answer is not kept any more, or never was.")
@@ -299,20 +306,30 @@ class App:
         answer = RunAnswer.of(stream, info, None if self._proxy is None else self._proxy.pump(stream, name))
         after = max(resume_id.cursor, answer.start)
         try:
-            await self._serve_known_run(answer, after, browser, scope, send)
+            # One frame is enough to judge by, and no more is held as long as the client stays.
+            page = await self.journal.read(stream, after, 1, 1)
         except UnknownStream:
             raise ResumeUnknown("This answer is not kept any more.") from None
+        ahead = judge(after, page.extent, page.anchor_ms) is Standing.AHEAD
+        return (answer, after, page), ahead and not info.ended_ms
 
     async def _serve_known_run(
-        self, answer: RunAnswer, presented: Cursor | None, browser: bool, scope: Scope, send: Send
+        self,
+        answer: RunAnswer,
+        presented: tuple[Cursor, Page] | None,
+        browser: bool,
+        scope: Scope,
+        send: Send,
     ) -> None:
         """A run opened before, from its reader's cursor or its start. Who has all of it gets 204."""
         info = answer.info
         assert info is not None
         self.check_room()
-        after = answer.start if presented is None else presented
-        # One frame is enough to judge by, and no more is held as long as the client stays.
-        page = await read_presented(self.tails, answer.stream, after, 1, 1, may_come_back=not info.ended_ms)
+        if presented is None:
+            after = answer.start
+            page = await self.journal.read(answer.stream, after, 1, 1)
+        else:
+            after, page = presented
         standing = judge(after, page.extent, page.anchor_ms)
         nothing_left = info.ended_ms and info.last_data <= after.seq
         if presented is not None and nothing_left and standing.same_life:

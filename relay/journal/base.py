@@ -312,6 +312,11 @@ class Journal(Protocol):
     async def close(self) -> None:
         """Release everything. What was accepted stays accepted."""
 
+    @property
+    def replaced_at(self) -> float:
+        """When this process last found another store than before (failover, restart), on the loop's clock:
+        it may have less, until writers put that back. `-inf` for never."""
+
     # Streams
 
     async def put_stream(self, stream: str, retention: Retention, change: StreamChange) -> bool:

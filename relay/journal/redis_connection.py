@@ -21,6 +21,7 @@ import random
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -94,6 +95,10 @@ class Address:
 
     def __init__(self, url: str) -> None:
         """Raises `ValueError`, and `StartupError` when the installed redis-py is not one we can use."""
+        self.primary = ""
+        """Which life of which primary was found last."""
+        self.replaced_at = -inf
+        """When it was found to be another than before, on the loop's clock."""
         self._links: list[Link] = []
         self._sentinels: Sequence[tuple[str, int]] = ()
         self._sentinel_options: dict[str, Any] = {}
@@ -185,6 +190,9 @@ class Address:
 
     def agree(self, link: Link) -> None:
         """A link found its primary: those that speak to another one look again."""
+        if self.primary and self.primary != link.primary:
+            self.replaced_at = asyncio.get_running_loop().time()
+        self.primary = link.primary
         for other in self._links:
             if other.primary != link.primary:
                 other.leave()

@@ -41,6 +41,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from math import inf
 from typing import Any, NamedTuple
 
 import hiredis
@@ -163,6 +164,7 @@ class RedisJournal:
         self._writing: Lane | None = None
         self._reading: Lane | None = None
         self._following: FollowLink | None = None
+        self._address: Address | None = None
         self._follower: Follower | None = None
         self._owner: RunOwner | None = None
         self._watched: dict[bytes, str] = {}
@@ -180,6 +182,7 @@ class RedisJournal:
                 "It looks like redis://user:password@host:6379/0, rediss://… for TLS, unix:///path?db=0, or "
                 "redis+sentinel://user:password@host:26379,host:26379/service/0."
             ) from None
+        self._address = address
         _check_server(await _ask_server(address, self._timeout_s), address.name)
         self._follower, self._owner = follower, owner
         self._db = address.db
@@ -203,6 +206,10 @@ class RedisJournal:
             if link is not None:
                 await link.close()
         self._following = self._reading = self._writing = None
+
+    @property
+    def replaced_at(self) -> float:
+        return -inf if self._address is None else self._address.replaced_at
 
     # Streams.
 

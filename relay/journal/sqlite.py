@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,6 +125,10 @@ class SqliteJournal:
 
         # A cancelled close goes on in its thread: the lock is not kept by accident.
         await asyncio.to_thread(shut)
+
+    @property
+    def replaced_at(self) -> float:
+        return -inf  # it is locked as long as this process has it
 
     # Streams
 

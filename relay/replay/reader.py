@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from enum import StrEnum
+from typing import TypeVar
 
 from relay.cursor import Cursor, Standing, judge
-from relay.errors import CursorGone, JournalError, UnknownRun, UnknownStream
+from relay.errors import CursorGone, JournalError, ResumeUnknown, UnknownRun, UnknownStream
 from relay.frame import Frame
 from relay.journal.base import Page, RunInfo
 from relay.limits import PAGE_MAX_FRAMES
@@ -20,6 +21,8 @@ from relay.replay.view import Chunk, View, chunk
 from relay.sse import encode_wire
 
 Write = Callable[[bytes], Awaitable[None]]
+
+Found = TypeVar("Found")
 
 JOURNAL_RETRY_S = 0.25
 """Pause of a reader whose journal is away."""
@@ -364,18 +367,26 @@ class LossUntold(Exception):
     """Frames were lost to a reader that cannot be shown so in band: its connection must end."""
 
 
-async def read_presented(
-    tails: Tails, stream: str, cursor: Cursor, max_frames: int, max_bytes: int, *, may_come_back: bool
-) -> Page:
-    """The page after a cursor that a client presented. Frames that the journal lost and that writers may put
-    back (`may_come_back`) are waited for. Raises `UnknownStream`."""
+async def find(tails: Tails, look: Callable[[], Awaitable[tuple[Found, bool]]]) -> Found:
+    """What `look` finds of something that its client knows to be there. It looks again while it finds less
+    than the client was shown, which it says of what it found, or while a journal that was replaced just now
+    knows nothing of it: writers may put that back. Raises what `look` does."""
     patience = Patience(tails)
     while True:
-        page = await tails.journal.read(stream, cursor, max_frames, max_bytes)
-        ahead = judge(cursor, page.extent, page.anchor_ms) is Standing.AHEAD
-        if not patience.waits_while(ahead and may_come_back):
-            return page
+        try:
+            found, behind = await look()
+        except (UnknownStream, UnknownRun, ResumeUnknown):
+            if not patience.waits_while(lately_replaced(tails)):
+                raise
+        else:
+            if not patience.waits_while(behind):
+                return found
         await asyncio.sleep(JOURNAL_RETRY_S)
+
+
+def lately_replaced(tails: Tails) -> bool:
+    """Whether writers may still put back whole runs into the journal."""
+    return tails.now() - tails.journal.replaced_at < tails.settings.rewind_grace_s
 
 
 def ended_at(info: RunInfo) -> int | None:
