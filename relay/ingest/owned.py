@@ -67,7 +67,9 @@ class OwnedRuns:
         self.memory = HeldMemory(settings.held_total_max_bytes, seen)
         self._settings = settings
         self._on_ended = on_ended
-        self._runs: dict[tuple[str, str], _Run] = {}
+        self._runs: dict[tuple[str, str], Sequence[_Run]] = {}
+        """By stream and run. Mostly one: who opens a run under a name that is taken holds it too, until the
+        journal has said so."""
         self._putting_back: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._checks_to_comparison = COMPARED_EVERY
         self._doubtful = False
@@ -76,28 +78,32 @@ class OwnedRuns:
         """Hold a run, before it is opened. `on_over` is called when somebody else ended it or took it over,
         perhaps more than once, perhaps for an ending that this process is only just writing itself; it must
         not block or raise."""
-        self._runs[writer.stream, writer.run] = _Run(writer, on_over)
+        key = writer.stream, writer.run
+        self._runs[key] = (*self._runs.get(key, ()), _Run(writer, on_over))
 
     def discard(self, writer: RunWriter) -> None:
         """The run is over for this process: its ending is journaled, or somebody else's."""
-        run = self._runs.get((writer.stream, writer.run))
-        if run is not None and writer.ended is not None and not writer.lost:
-            run.over = None
-            run.until = _now() + self._settings.held_s
+        held = [run for run in self._runs.get((writer.stream, writer.run), ()) if run.writer is writer]
+        if held and writer.ended is not None and not writer.lost:
+            held[0].over = None
+            held[0].until = _now() + self._settings.held_s
         else:
-            self._forget((writer.stream, writer.run))
-            writer.release()
+            self._forget(writer)
 
-    def _forget(self, key: tuple[str, str]) -> None:
-        run = self._runs.pop(key, None)
-        if run is not None:
-            run.writer.release()
+    def _forget(self, writer: RunWriter) -> None:
+        key = writer.stream, writer.run
+        others = tuple(run for run in self._runs.get(key, ()) if run.writer is not writer)
+        if others:
+            self._runs[key] = others
+        else:
+            self._runs.pop(key, None)
+        writer.release()
 
     def on_run_over(self, stream: str, run: str) -> None:
         """As `RunOwner` says."""
-        held = self._runs.get((stream, run))
-        if held is not None and held.over is not None:
-            held.over()
+        for held in self._runs.get((stream, run), ()):
+            if held.over is not None:
+                held.over()
 
     def doubt(self) -> None:
         """The journal was away: what it knows of our runs may be old."""
@@ -125,10 +131,10 @@ class OwnedRuns:
         """Runs of which nothing was heard, with the newest frame that their writers know."""
         now = _now()
         silent = []
-        for key, run in list(self._runs.items()):
+        for key, run in [(key, run) for key, runs in self._runs.items() for run in runs]:
             acknowledged = run.writer.acknowledged
             if run.over is None and now >= run.until:
-                self._forget(key)
+                self._forget(run.writer)
             elif run.over is not None and acknowledged != run.seen:
                 run.seen = acknowledged
                 run.writer.expire(now)
@@ -171,7 +177,7 @@ class OwnedRuns:
         if run.over is not None:
             run.over()
         else:
-            self._forget(key)
+            self._forget(run.writer)
 
     async def _end_orphans(self, journal: Journal) -> None:
         """End runs that the journal takes for ours and that nobody here holds: it lost their ending, or

@@ -227,7 +227,7 @@ class Proxy:
         self._named_dialect = BY_NAME.get(settings.dialect)
         self._pumps: dict[tuple[str, str], Pump] = {}
         self._openings: set[asyncio.Future[None]] = set()
-        self._unwritten: dict[tuple[str, str], tuple[RunWriter, Callable[[], Awaitable[None]]]] = {}
+        self._unwritten: dict[RunWriter, Callable[[], Awaitable[None]]] = {}
         self._finishing: set[asyncio.Task[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
@@ -464,6 +464,7 @@ class Proxy:
             answer=kept_head,
             seal=wishes.seal or not stream,
             owner=self._owned.name,
+            max_run_s=self._settings.max_run_s,
             supersedes=wishes.supersedes,
             if_busy=wishes.if_busy,
             error_events=SAID_OF_SUPERSEDED if supersedes else {},
@@ -482,7 +483,7 @@ class Proxy:
             opened = await open_run(self._journal, opening, timeout_s, self._on_ended)
         except JournalUnavailable:
             # The run may have been opened: then it must end, and nobody else knows of it.
-            self._write_later(writer, partial(_end_unanswered, writer))
+            self._write_later(writer, partial(self._end_unanswered, writer))
             raise
         except BaseException as error:
             self._owned.discard(writer)
@@ -504,7 +505,8 @@ class Proxy:
         try:
             await pump.run()
         finally:
-            del self._pumps[key]
+            if self._pumps.get(key) is pump:  # or the stream was made anew, and so was a run of this name
+                del self._pumps[key]
         self._count(pump)
         if pump.unwritten is None:
             self._owned.discard(pump.writer)
@@ -518,13 +520,23 @@ class Proxy:
 
     def _write_later(self, writer: RunWriter, write: Callable[[], Awaitable[None]]) -> None:
         while len(self._unwritten) >= UNWRITTEN_MAX:
-            oldest, _ = self._unwritten.pop(next(iter(self._unwritten)))
+            oldest = next(iter(self._unwritten))
+            del self._unwritten[oldest]
             self._owned.discard(oldest)
-        self._unwritten[writer.stream, writer.run] = writer, write
+        self._unwritten[writer] = write
 
     async def _write_kept(self, pump: Pump) -> None:
         await pump.write_kept()
         self._count(pump)
+
+    async def _end_unanswered(self, writer: RunWriter) -> None:
+        """End a run of which it is not known whether the journal opened it."""
+        end = ending(Reason.JOURNAL_LOST, "The journal did not say whether the run was opened.")
+        try:
+            await writer.append_once((), 0, "", end)
+        except (UnknownStream, UnknownRun):
+            return  # it was not
+        self._on_ended(writer.stream, writer.run, end, 0)
 
     def pump(self, stream: str, run: str) -> Pump | None:
         """The pump of a run whose upstream this process reads."""
@@ -662,7 +674,7 @@ class Proxy:
                 pump.read_at = now
             elif now - pump.read_at > settings.abandon_s:
                 await self._abandon(stream, pump)
-        for key, (writer, write) in list(self._unwritten.items()):
+        for writer, write in list(self._unwritten.items()):
             try:
                 await write()
             except JournalRefused:
@@ -670,8 +682,10 @@ class Proxy:
             except JournalError:
                 return
             except RelayError as error:
-                log.error("an ending was refused stream=%s run=%s: %s", *key, error)
-            self._unwritten.pop(key, None)
+                log.error("an ending was refused stream=%s run=%s: %s", writer.stream, writer.run, error)
+            except Exception:
+                log.exception("an ending cannot be written stream=%s run=%s", writer.stream, writer.run)
+            self._unwritten.pop(writer, None)
             self._owned.discard(writer)
 
     async def _abandon(self, stream: str, pump: Pump) -> None:
@@ -707,16 +721,6 @@ class Proxy:
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
-
-
-async def _end_unanswered(writer: RunWriter) -> None:
-    """End a run of which it is not known whether the journal opened it."""
-    try:
-        await writer.append_once(
-            (), 0, "", ending(Reason.JOURNAL_LOST, "The journal did not say whether the run was opened.")
-        )
-    except (UnknownStream, UnknownRun):
-        pass  # it was not
 
 
 def _valid(name: str) -> str:

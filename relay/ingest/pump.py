@@ -154,10 +154,14 @@ class Pump:
         except RelayError as error:
             log.error("run cannot be ended stream=%s run=%s: %s", self.writer.stream, self.writer.run, error)
             self._break_off()
+        except Exception:
+            log.exception("run cannot be ended stream=%s run=%s", self.writer.stream, self.writer.run)
+            self.unwritten = None
+            self._break_off()
 
     async def let_upstream_finish(self) -> None:
         """After the run ended by what upstream said: let upstream end its answer in its own way."""
-        if self._said_end and not self._over and self._answer is not None:
+        if self._said_end and self._answer is not None:
             await self._answer.finish(FINISH_S, FINISH_MAX_BYTES)
 
     def _give_way(self, why: str) -> None:
@@ -165,6 +169,7 @@ class Pump:
         self._over = True
         self.unwritten = None
         self._close_upstream()
+        self._answer = None
         log.warning(
             "run is over elsewhere, upstream closed stream=%s run=%s: %s",
             self.writer.stream, self.writer.run, why,

@@ -14,11 +14,12 @@ from redis_server import RedisServer
 from rewinding import Rewinding, rewinding
 from scripted_upstream import Exchange, ScriptedUpstream
 
-from relay.errors import JournalUnavailable
+from relay.errors import JournalUnavailable, RunExists
 from relay.frame import Event, Frame, is_terminal
 from relay.ingest.owned import COMPARED_EVERY, OwnedRuns
-from relay.ingest.proxy import Call, Proxy, RunAnswer
-from relay.ingest.upstream import Upstream
+from relay.ingest.proxy import Call, Proxy, RunAnswer, RunWishes
+from relay.ingest.pump import FINISH_MAX_BYTES, Pump
+from relay.ingest.upstream import Upstream, UpstreamRequest
 from relay.ingest.writer import RunWriter
 from relay.journal.base import Append, Appended, Retention, RunOpening
 from relay.journal.redis_streams import RedisJournal
@@ -127,10 +128,23 @@ class Served:
         answer = await self.proxy.open(call)
         assert isinstance(answer, RunAnswer)
         assert answer.pump is not None
-        async with asyncio.timeout(DEADLINE_S):
-            while heard and answer.pump.writer.next_seq == 1:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
+        if heard:
+            await self._heard(answer.pump)
         return answer
+
+    async def start(self, run: str) -> Pump:
+        """The pump of a run in stream `s`, named by who asks for it; one frame of it is journaled."""
+        request = UpstreamRequest("GET", f"/{self.name}", [(b"host", b"relay")], None)
+        await self.proxy.start_run("s", request, RunWishes(run=run))
+        pump = self.proxy.pump("s", run)
+        assert pump is not None
+        await self._heard(pump)
+        return pump
+
+    async def _heard(self, pump: Pump) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while pump.writer.next_seq == 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
 
 
 def words(frames: list[Frame], run: str) -> list[str]:
@@ -267,6 +281,176 @@ def test_p4_a_superseded_run_gives_way_and_tells_what_stood_after_it(
             assert len(said_so) == 1
             assert old.run in said_so[0]
             assert between.run in said_so[0]
+
+    asyncio.run(check())
+
+
+@KINDS
+def test_p4_a_run_whose_name_is_asked_for_again_is_held_as_before(
+    kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def check() -> None:
+        ours = Ours()
+        async with rewinding(kind, tmp_path, redis_server, ours) as journal, elsewhere(journal) as other:
+            async with Served(ours, journal, upstream, name) as served:
+                await served.start("mine")
+                with pytest.raises(RunExists):
+                    await served.start("mine")
+                ours.runs.doubt()
+                await ours.check(journal)
+                assert (await journal.run("s", "mine")).status == "open"
+                assert (await other.end_run("s", "mine", CANCELLED, {})).by_this
+                async with asyncio.timeout(DEADLINE_S):
+                    await served.closed.wait()
+            assert ours.counted == []
+
+    asyncio.run(check())
+
+
+@KINDS
+def test_p3_an_ending_that_waits_for_the_journal_is_kept_when_its_runs_name_is_asked_for_again(
+    kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def check() -> None:
+        ours = Ours(journal_deadline_s=0.01, journal_timeout_s=0.01)
+        async with rewinding(kind, tmp_path, redis_server, ours) as journal:
+            async with Served(ours, journal, upstream, name) as served:
+                pump = await served.start("mine")
+
+                async def away(*_: Any) -> Any:
+                    raise JournalUnavailable("away")
+
+                inner = journal.inner
+                real, inner.append, inner.open_run = (inner.append, inner.open_run), away, away
+                pump.stop(ending(Reason.MAX_RUN, "It was open for too long."))
+                async with asyncio.timeout(DEADLINE_S):
+                    while served.proxy.open_runs:  # noqa: ASYNC110
+                        await asyncio.sleep(0.005)
+                with pytest.raises(JournalUnavailable):
+                    await served.start("mine")
+                inner.append, inner.open_run = real
+                await served.proxy.visit()
+            assert (await journal.run("s", "mine")).reason == "max_run"
+            assert ours.counted == [("mine", "max_run")]
+
+    asyncio.run(check())
+
+
+@KINDS
+def test_p3_a_run_of_whose_opening_the_journal_said_nothing_is_ended_and_counted(
+    kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def check() -> None:
+        ours = Ours()
+        async with (
+            rewinding(kind, tmp_path, redis_server, ours) as journal,
+            Served(ours, journal, upstream, name) as served,
+        ):
+            open_run = journal.inner.open_run
+
+            async def unanswered(opening: RunOpening) -> Any:
+                await open_run(opening)
+                raise JournalUnavailable("no answer")
+
+            journal.inner.open_run = unanswered
+            with pytest.raises(JournalUnavailable):
+                await served.open()
+            (run,) = await journal.runs("s", "", 10)
+            assert (run.status, ours.counted) == ("open", [])
+            for _ in range(2):
+                await served.proxy.visit()
+            assert (await journal.run("s", run.run)).reason == "journal_lost"
+            assert ours.counted == [(run.run, "journal_lost")]
+
+    asyncio.run(check())
+
+
+@KINDS
+def test_an_upstream_that_said_its_last_word_may_finish_though_its_run_was_found_over_meanwhile(
+    kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    """The ending that was found is the one that is just being written."""
+
+    async def check() -> None:
+        ours, loop = Ours(), asyncio.get_running_loop()
+        async with rewinding(kind, tmp_path, redis_server, ours) as journal:
+            async with Served(ours, journal, upstream, name) as served:
+
+                async def handler(exchange: Exchange) -> None:
+                    await exchange.head()
+                    await exchange.chunk(CHUNK)
+                    await exchange.chunk(b"data: [DONE]\n\n")
+                    with contextlib.suppress(ConnectionError):
+                        await exchange.chunk(b":" * 2 * FINISH_MAX_BYTES)
+                    await exchange.closed()
+                    loop.call_soon_threadsafe(served.closed.set)
+
+                append = journal.inner.append
+
+                async def found_over(batch: Append) -> Appended:
+                    appended: Appended = await append(batch)
+                    if batch.ending is not None:
+                        ours.on_run_over(batch.stream, batch.run)
+                    return appended
+
+                upstream.on(f"/{name}", handler)
+                journal.inner.append = found_over
+                run = (await served.open(heard=False)).run
+                async with asyncio.timeout(DEADLINE_S):
+                    await served.closed.wait()
+            assert ours.counted == [(run, "upstream_end")]
+
+    asyncio.run(check())
+
+
+@KINDS
+def test_p3_a_mistake_in_writing_an_ending_leaves_no_client_waiting_and_no_other_ending(
+    kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def check() -> None:
+        ours = Ours()
+        async with rewinding(kind, tmp_path, redis_server, ours) as journal:
+            async with Served(ours, journal, upstream, name) as served:
+                pump = (await served.open()).pump
+                assert pump is not None
+                append = journal.inner.append
+
+                async def mistaken(batch: Append) -> Appended:
+                    raise ZeroDivisionError
+
+                journal.inner.append = mistaken
+                pump.stop(ending(Reason.MAX_RUN))
+                async with asyncio.timeout(DEADLINE_S):
+                    while served.proxy.open_runs:  # noqa: ASYNC110
+                        await asyncio.sleep(0.005)
+                assert pump.broken
+                journal.inner.append = append
+                ours.runs.doubt()
+                await ours.check(journal)
+                if kind == "redis":  # that of SQLite lists none, and ends it when it is started again
+                    assert (await journal.run("s", pump.writer.run)).reason == "owner_lost"
+            assert ours.runs._runs == {}
+
+    asyncio.run(check())
+
+
+@KINDS
+def test_a_run_that_was_taken_over_has_a_greatest_age_all_the_same(
+    kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def check() -> None:
+        ours = Ours(max_run_s=0.001)
+        async with (
+            rewinding(kind, tmp_path, redis_server, ours) as journal,
+            Served(ours, journal, upstream, name) as served,
+        ):
+            run = (await served.open()).run
+            assert await journal.end_due("s", run, 0, {}) is None, "it is its owner's to end"
+            await journal.take_over("s", run, "another writer", 60)
+            async with asyncio.timeout(DEADLINE_S):
+                while (ended := await journal.end_due("s", run, 0, {})) is None:
+                    pass
+            assert ended.reason == "max_run"
 
     asyncio.run(check())
 
