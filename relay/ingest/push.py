@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -66,6 +66,8 @@ DRAINED_S = 5.0
 """How long producers that were sent away may take to be told."""
 
 _HOLDER = "push"
+
+_NOTHING: Mapping[str, Event] = {}
 
 
 class Piece(NamedTuple):
@@ -165,35 +167,38 @@ class Push:
 
     async def append(self, events: Sequence[Event], end: Ending | None = None) -> bool:
         """Journal events, and with the last of them the run's ending; whether this ended the run."""
-        was_open = end is not None and await self._is_open()
+        was_open, said = False, _NOTHING
+        if end is not None:
+            was_open, said = await self._before(end)
         for begin in range(0, max(1, len(events)), APPEND_MAX_FRAMES):
             batch = events[begin : begin + APPEND_MAX_FRAMES]
             is_last = begin + len(batch) == len(events)
-            await self._append(batch, end if is_last else None)
+            await self._append(batch, end if is_last else None, said)
         return was_open
 
-    async def _append(self, events: Sequence[Event], end: Ending | None) -> None:
+    async def _append(self, events: Sequence[Event], end: Ending | None, said: Mapping[str, Event]) -> None:
         writer = self.writer
         text_bytes = self._read(events)
         dialect = "" if self.dialect is None else self.dialect.name
+        error_event = None if end is None else said.get(dialect)
         if self._seq or not events:
             if not self.owned:
                 # What a journal lost of the run, it asks the producer for: the next frame leaves a gap.
                 writer.acknowledged = ORIGIN
             if not writer.lost:
                 writer.next_seq = self._seq
-            done = await writer.append(events, text_bytes, dialect, end)
+            done = await writer.append(events, text_bytes, dialect, end, error_event)
         else:
             done = await self._journal.append(
                 Append(
                     writer.stream, writer.run, writer.token, 0, events, text_bytes, dialect, end,
-                    acknowledged=self._acknowledged,
+                    error_event, acknowledged=self._acknowledged,
                 )
             )  # fmt: skip
             self._acknowledged = done.last
         if self._seq:
             self._seq += len(events)
-        self.receipt.note(done, 1 if end is not None else 0)
+        self.receipt.note(done, (end is not None) + (error_event is not None))
 
     def _read(self, events: Sequence[Event]) -> int:
         """The bytes of shown text in events."""
@@ -204,12 +209,19 @@ class Push:
         read = self.dialect.read
         return sum([read(event).text_bytes for event in events])
 
-    async def _is_open(self) -> bool:
+    async def _before(self, end: Ending) -> tuple[bool, Mapping[str, Event]]:
+        """Whether the run is open; and what relay has to say of such an end, by dialect: something only to
+        those who read the run as an answer of upstream's, which was taken over."""
         try:
-            (state,) = await self._journal.states([(self.writer.stream, self.writer.run)])
+            info = await self._journal.run(self.writer.stream, self.writer.run)
         except JournalError:
-            return True  # the append will wait for the journal, and most endings are no repetition
-        return state is not None and state.status is Status.OPEN
+            return True, _NOTHING  # the append will wait for the journal, and most endings are no repetition
+        except (UnknownStream, UnknownRun):
+            return False, _NOTHING
+        if self.dialect is None:
+            self.dialect = BY_NAME.get(info.dialect)
+        is_answer = bool(info.answer) and end.status is not Status.COMPLETED
+        return info.status is Status.OPEN, error_events(end) if is_answer else _NOTHING
 
     async def _wait_for(self, next_piece: NextPiece) -> Piece:
         if self.stopped_by is not None:

@@ -22,6 +22,7 @@ from redis_server import RedisServer
 from relay_process import RelayProcess
 from rewinding import rewinding
 from run_record import whole_run
+from scripted_upstream import Exchange, ScriptedUpstream
 from tcp_proxy import TcpProxy
 
 from relay.cursor import ORIGIN
@@ -104,6 +105,38 @@ def test_p5_a_producer_that_loses_every_third_response_and_retries_is_journaled_
     assert record.texts == sent
     assert record.ended["frames"] == len(sent)
     assert record.outcome == ("completed", "producer_end")
+
+
+@pytest.mark.parametrize("status", ["failed", "completed"])
+@pytest.mark.parametrize("how", ["end", "frames"])
+def test_who_reads_a_taken_over_run_as_upstreams_answer_is_told_in_its_format_that_it_failed(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, how: str, status: str
+) -> None:
+    chunk = b'data: {"object":"chat.completion.chunk","choices":[{"delta":{"content":"Hi"}}]}\n\n'
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head()
+        await exchange.chunk(chunk)
+        await exchange.closed()
+
+    upstream.on(f"/{name}", handler)
+    with Reading(f"{relay.url}/{name}", Relay_Stream=name) as answer:
+        answer.take(1)
+        path = f"{name}/runs/{answer.headers['relay-run']}"
+        writer = ask(relay.port, "POST", f"{path}/writer").json["writer"]
+        if how == "end":
+            ended = ask(relay.port, "POST", f"{path}/end", {"status": status}, Relay_Writer=writer)
+            assert ended.json["appended"] == 0
+        else:
+            frames = [{"data": "two"}]
+            ended = ask(relay.port, "POST", f"{path}/frames?end={status}", frames, Relay_Writer=writer)
+            assert (ended.json["appended"], ended.json["first"]) == (1, ended.json["last"])
+        said = [block.data for block in answer.blocks()]
+    record = whole_run(relay, name)
+    assert record.texts[1:] == said
+    assert record.ended["frames"] == 1 + ended.json["appended"], "what relay says itself is not counted"
+    told = [json.loads(text)["error"]["code"] for text in said if "error" in text]
+    assert told == ([] if status == "completed" else ["producer_failed"])
 
 
 def test_a_skipped_number_is_a_gap_and_says_what_is_expected(relay: RelayProcess, name: str) -> None:
