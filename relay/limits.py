@@ -32,6 +32,9 @@ PAGE_MAX_FRAMES = 1000
 PAGE_MAX_BYTES = 4 * FRAME_MAX_BYTES
 """Data bytes after which a journal page is full. The frame that fills it is in it, so a page moves on."""
 
+RETENTION_MAX_S = 100 * 365 * 24 * 3600
+"""Longest retention: what comes of it in milliseconds, every journal can still hold as a time."""
+
 WAIT_MAX_S = 60
 """Longest `wait` for a stream that does not exist yet."""
 

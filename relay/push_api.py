@@ -38,6 +38,7 @@ from relay.limits import (
     IDLE_TIMEOUT_MAX_S,
     METADATA_MAX_BYTES,
     OPTIONS_MAX_BYTES,
+    RETENTION_MAX_S,
     WAIT_MAX_S,
     check_run_name,
     check_stream_name,
@@ -93,7 +94,7 @@ class StreamRoutes:
         change = StreamChange(
             max_frames=_whole_number(given, "max_frames"),
             max_bytes=_whole_number(given, "max_bytes"),
-            retention_s=_whole_number(given, "retention_s"),
+            retention_s=_whole_number(given, "retention_s", RETENTION_MAX_S),
             metadata=_metadata(given) if "metadata" in given else None,
         )
         created = await self._app.journal.put_stream(stream, self._app.settings.retention, change)
@@ -501,12 +502,12 @@ def _seconds(given: Mapping[str, Any], name: str, most: float) -> float | None:
     return float(seconds)
 
 
-def _whole_number(given: Mapping[str, Any], name: str) -> int | None:
+def _whole_number(given: Mapping[str, Any], name: str, most: int = NUMBER_MAX) -> int | None:
     number = given.get(name)
     if number is None:
         return None
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= NUMBER_MAX:
-        raise InvalidParameter(f"'{name}' is a whole number from 0 to {NUMBER_MAX}.", parameter=name)
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= most:
+        raise InvalidParameter(f"'{name}' is a whole number from 0 to {most}.", parameter=name)
     return number
 
 

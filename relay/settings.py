@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from relay.errors import StartupError
-from relay.limits import FRAME_MAX_BYTES, Retention
+from relay.limits import FRAME_MAX_BYTES, RETENTION_MAX_S, Retention
 
 NUMBER_MAX = 2**53
 """Every journal, and JSON, can hold it exactly."""
@@ -112,9 +112,11 @@ class Settings:
             least = "0 or more" if setting.name in _MAY_BE_ZERO else "more than 0"
             if value == 0 and setting.name in _MAY_BE_ZERO:
                 continue
-            if not 0 < value <= NUMBER_MAX:
+            # Durations are times in milliseconds somewhere, with something added to them.
+            most = RETENTION_MAX_S if setting.name.endswith("_s") else NUMBER_MAX
+            if not 0 < value <= most:
                 flag = setting.name.replace("_", "-")
-                raise StartupError(f"--{flag} {value}: must be {least}, and {NUMBER_MAX} at most.")
+                raise StartupError(f"--{flag} {value}: must be {least}, and {most} at most.")
 
     @property
     def retention(self) -> Retention:

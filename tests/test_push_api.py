@@ -15,7 +15,8 @@ from relay_process import RelayProcess
 from run_record import whole_run
 from scripted_upstream import Exchange, ScriptedUpstream
 
-from relay.limits import METADATA_MAX_BYTES, OPTIONS_MAX_BYTES
+from relay.limits import METADATA_MAX_BYTES, OPTIONS_MAX_BYTES, RETENTION_MAX_S
+from relay.settings import NUMBER_MAX
 
 OPENED = ["run", "stream", "status", "reason", "cursor", "next_seq", "writer"]
 
@@ -442,6 +443,7 @@ def test_metadata_nested_too_deep_is_refused(relay: RelayProcess, name: str) -> 
     [
         {"max_frames": -1}, {"max_frames": 1.5}, {"max_bytes": "1"}, {"retention_s": True},
         {"max_frames": 2**53 + 1}, {"metadata": "x" * METADATA_MAX_BYTES}, {"sealed": True},
+        {"retention_s": RETENTION_MAX_S + 1},
     ],
 )  # fmt: skip
 def test_a_stream_is_not_made_of_wrong_numbers(
@@ -449,6 +451,14 @@ def test_a_stream_is_not_made_of_wrong_numbers(
 ) -> None:
     assert ask(relay.port, "PUT", name, change).problem == (400, "invalid_parameter")
     assert relay.get(f"/relay/v1/streams/{name}")[0] == 404
+
+
+def test_a_stream_of_the_largest_numbers_works(relay: RelayProcess, name: str) -> None:
+    largest = {"max_frames": NUMBER_MAX, "max_bytes": NUMBER_MAX, "retention_s": RETENTION_MAX_S}
+    assert ask(relay.port, "PUT", name, largest).status == 201
+    assert Producer(relay, name).push("x" * 100_000, end="completed").status == 200
+    assert ask(relay.port, "PUT", name, largest).status == 200
+    assert relay.json(f"/relay/v1/streams/{name}")["retention"] == largest
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import math
 import pytest
 
 from relay.errors import StartupError
-from relay.limits import Retention
-from relay.settings import Settings
+from relay.limits import RETENTION_MAX_S, Retention
+from relay.settings import NUMBER_MAX, Settings
 
 NUMBERS = [
     field.name
@@ -35,6 +35,14 @@ def test_a_stream_keeps_what_the_settings_say() -> None:
 def test_a_number_that_nothing_can_work_with_is_refused_by_its_flag(name: str, value: float) -> None:
     with pytest.raises(StartupError, match=f"^--{name.replace('_', '-')} "):
         Settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_has_a_largest_one_that_every_journal_can_work_with(name: str) -> None:
+    most = RETENTION_MAX_S if name.endswith("_s") else NUMBER_MAX
+    assert getattr(Settings(**{name: most}), name) == most
+    with pytest.raises(StartupError, match=f"and {most} at most"):
+        Settings(**{name: most + 1})
 
 
 @pytest.mark.parametrize("name", ["heartbeat_s", "write_timeout_s", "readers_max", "frame_max_bytes"])
