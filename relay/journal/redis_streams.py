@@ -801,9 +801,15 @@ class RedisJournal:
 
     async def _reindex(self, stream: str) -> None:
         keys = self._keys(stream)
-        open_runs, undelivered = await self._of_each(
-            pack(b"ZRANGE", key, 0, -1) for key in (keys.open, keys.undelivered)
+        exists, open_runs, undelivered = await self._of_each(
+            (
+                pack(b"EXISTS", keys.meta),
+                *(pack(b"ZRANGE", key, 0, -1) for key in (keys.open, keys.undelivered)),
+            )
         )
+        if not exists:
+            await self._forget([stream])  # it expired, which nobody is told of
+            return
         runs = sorted({run.decode() for run in (*open_runs, *undelivered)})
         held = await self._of_each(
             pack(b"HMGET", keys.run(run), b"status", b"owner", b"last_seq", b"last_ms", b"deliver")

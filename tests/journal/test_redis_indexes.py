@@ -445,6 +445,23 @@ def test_a_repeated_ending_is_filed_again(redis_server: RedisServer) -> None:
     asyncio.run(scenario())
 
 
+def test_streams_that_expired_are_taken_off_the_listing_though_nobody_lists_them(
+    redis_server: RedisServer,
+) -> None:
+    async def scenario() -> None:
+        async with opened(redis_server, prefix="expired") as (journal, _):
+            for stream in ("a", "b", "c"):
+                await journal.open_run(opening(stream))
+            await journal.put_stream("b", Retention(), StreamChange(retention_s=1))
+            with redis_server.client() as client:
+                await until(client, lambda client: not client.exists("expired:{b}:meta"))
+                assert client.zrange("expired:streams", 0, -1) == [b"a", b"b", b"c"]
+                assert await journal.reindex("", 10) == ""
+                assert client.zrange("expired:streams", 0, -1) == [b"a", b"c"]
+
+    asyncio.run(scenario())
+
+
 def test_a_changed_age_is_that_of_every_key(redis_server: RedisServer) -> None:
     async def scenario() -> None:
         async with opened(redis_server, prefix="aged") as (journal, _):
