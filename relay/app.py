@@ -97,7 +97,7 @@ class App:
         if self._upstream is not None:
             await self._upstream.start()
         await self._reaper.tick()  # no run is opened before the lease is held
-        work = [self._take_care(), self._keep_lease(), self._ask_for_own_runs()]
+        work = [self._visit_readers(), self._take_care(), self._keep_lease(), self._ask_for_own_runs()]
         if self._webhook is not None:
             work.append(self._webhook.run())
         self._workers = [asyncio.create_task(worker) for worker in work]
@@ -124,15 +124,16 @@ class App:
         self.tails.close()
         await self.journal.close()
 
-    async def _take_care(self) -> None:
+    async def _visit_readers(self) -> None:
+        """Apart from what asks the journal, which may be away."""
         pause_s = min(VISIT_S, self.settings.heartbeat_s / 2, self.settings.write_timeout_s / 2)
-        next_check = 0.0
         while True:
             await asyncio.sleep(pause_s)
             self.readers.visit(self.tails.now())
-            if self.tails.now() < next_check:
-                continue
-            next_check = self.tails.now() + VISIT_S
+
+    async def _take_care(self) -> None:
+        while True:
+            await asyncio.sleep(VISIT_S)
             try:
                 if self._proxy is not None:
                     await self._proxy.visit()

@@ -216,6 +216,33 @@ def test_a_stream_that_begins_while_the_journal_is_away_is_refused_and_upstream_
         own_redis.restart()
 
 
+def test_readers_hear_heartbeats_while_the_journal_gives_no_answer(
+    own_redis: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    gate = upstream.gate()
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head()
+        await exchange.chunk(b"data: one\n\n")
+        await gate.wait()
+        await exchange.end()
+
+    upstream.on(f"/{name}", handler)
+    with RelayProcess.start(
+        journal=own_redis.url(), upstream=upstream.url, heartbeat_s=0.05, quiet_check_s=0.05,
+        journal_timeout_s=600,
+    ) as relay, Reading(f"{relay.url}/{name}") as reading:  # fmt: skip
+        heartbeats = (line for line in reading.lines() if line == ": hb")
+        next(heartbeats)
+        own_redis.pause()
+        for _ in range(100):
+            next(heartbeats)
+        own_redis.resume()
+        gate.open()
+        for _ in heartbeats:
+            pass  # to the end of an answer that is whole
+
+
 def test_a_stream_that_begins_while_the_journal_is_away_may_pass_unjournaled_and_says_so(
     own_redis: RedisServer, upstream: ScriptedUpstream, name: str
 ) -> None:
