@@ -667,13 +667,14 @@ class Proxy:
     async def visit(self) -> None:
         """End runs that are too old or that nobody reads; write endings that the journal did not take."""
         now, settings = self._now(), self._settings
+        can_ask = True
         for (stream, _), pump in list(self._pumps.items()):
             if settings.max_run_s and now - pump.started_at > settings.max_run_s:
                 pump.stop(ending(Reason.MAX_RUN, f"The run was open for {settings.max_run_s:g} s."))
             elif self._readers_of(stream) or not settings.abandon_s or not pump.may_be_abandoned:
                 pump.read_at = now
-            elif now - pump.read_at > settings.abandon_s:
-                await self._abandon(stream, pump)
+            elif now - pump.read_at > settings.abandon_s and can_ask:
+                can_ask = await self._abandon(stream, pump)
         for writer, write in list(self._unwritten.items()):
             try:
                 await write()
@@ -688,22 +689,26 @@ class Proxy:
             self._unwritten.pop(writer, None)
             self._owned.discard(writer)
 
-    async def _abandon(self, stream: str, pump: Pump) -> None:
+    async def _abandon(self, stream: str, pump: Pump) -> bool:
+        """End a run if nobody reads it; False when that cannot be found out now."""
         try:
             # Readers of other processes count too. This process has none, so it watches no more.
             elsewhere = await self._journal.watchers(stream)
         except JournalError:
-            return
+            return False
         if elsewhere:
             pump.read_at = self._now()
         else:
             pump.stop(ending(Reason.ABANDONED, "Nobody read the run."))
+        return True
 
     async def drain(self) -> None:
         """Take no new runs, let the open ones finish within the grace, end what is left."""
         self._draining = True
-        if self._tasks or self._openings:
-            await asyncio.wait(self._tasks | self._openings, timeout=self._settings.drain_grace_s)
+        until = self._now() + self._settings.drain_grace_s
+        # Again and again: a run whose opening was under way has begun meanwhile.
+        while (under_way := self._tasks | self._openings) and self._now() < until:
+            await asyncio.wait(under_way, timeout=until - self._now())
         self._shut = True
         for pump in list(self._pumps.values()):
             pump.stop(_shut_down())

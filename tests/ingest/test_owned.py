@@ -36,7 +36,7 @@ class Ours:
     """The owned runs of one process, and what it counted. `deaf` loses every hint."""
 
     def __init__(self, deaf: bool = False, **settings: Any) -> None:
-        self.settings = Settings(drain_grace_s=0, **settings)
+        self.settings = Settings(**{"drain_grace_s": 0, **settings})
         self.counted: list[tuple[str, str]] = []
         self.runs = OwnedRuns(self.settings, self._count)
         self.name = self.runs.name
@@ -430,6 +430,81 @@ def test_p3_a_mistake_in_writing_an_ending_leaves_no_client_waiting_and_no_other
                 if kind == "redis":  # that of SQLite lists none, and ends it when it is started again
                     assert (await journal.run("s", pump.writer.run)).reason == "owner_lost"
             assert ours.runs._runs == {}
+
+    asyncio.run(check())
+
+
+@KINDS
+def test_a_run_that_is_being_opened_when_relay_shuts_down_has_the_grace_of_the_others(
+    kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def check() -> None:
+        ours, gate, asked = Ours(drain_grace_s=DEADLINE_S), asyncio.Event(), asyncio.Event()
+        async with (
+            rewinding(kind, tmp_path, redis_server, ours) as journal,
+            Served(ours, journal, upstream, name) as served,
+        ):
+            said = upstream.gate()
+
+            async def handler(exchange: Exchange) -> None:
+                await exchange.head()
+                await said.wait()
+                await exchange.chunk(b"data: one\n\n")
+                await exchange.end()
+
+            upstream.on(f"/{name}", handler)
+            open_run = journal.inner.open_run
+
+            async def slow(opening: RunOpening) -> Any:
+                asked.set()
+                await gate.wait()
+                return await open_run(opening)
+
+            journal.inner.open_run = slow
+            opening = asyncio.create_task(served.open(heard=False))
+            await asked.wait()
+            draining = asyncio.create_task(served.proxy.drain())
+            await asyncio.sleep(0)
+            gate.set()
+            run = (await opening).run
+            said.open()
+            await draining
+            assert ours.counted == [(run, "upstream_end")]
+
+    asyncio.run(check())
+
+
+@KINDS
+def test_while_the_journal_is_away_it_is_asked_for_one_run_and_not_for_each(
+    kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    """Each question may take as long as the journal is given to answer."""
+
+    async def check() -> None:
+        ours, asked = Ours(abandon_s=0.001), 0
+        async with (
+            rewinding(kind, tmp_path, redis_server, ours) as journal,
+            Served(ours, journal, upstream, name) as served,
+        ):
+            served.proxy._readers_of = lambda stream: 0
+            for _ in range(3):
+                await served.open()
+            watchers = journal.inner.watchers
+
+            async def away(stream: str) -> int:
+                nonlocal asked
+                asked += 1
+                raise JournalUnavailable("away")
+
+            journal.inner.watchers = away
+            await served.proxy.visit()
+            assert (asked, served.proxy.open_runs) == (1, 3)
+            journal.inner.watchers = watchers
+            async with asyncio.timeout(DEADLINE_S):
+                while served.proxy.open_runs:
+                    await served.proxy.visit()
+                    await asyncio.sleep(0.005)
+            assert [reason for _, reason in ours.counted] == ["abandoned"] * 3
 
     asyncio.run(check())
 
