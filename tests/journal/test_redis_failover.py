@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -63,6 +64,28 @@ def test_a_killed_server_costs_nothing_it_accepted_and_doubles_nothing(own_serve
             frames = await persistently(lambda: read_all(journal, "s"))
             assert [frame.seq for frame in frames] == list(range(1, 402))
             assert [frame.data for frame in frames[1:-1]] == [f"{seq}".encode() for seq in range(1, 400)]
+
+    asyncio.run(scenario())
+
+
+def test_another_life_of_the_server_is_told_from_another_connection(own_server: RedisServer) -> None:
+    """Only the first may have lost something."""
+
+    async def scenario() -> None:
+        async with opened(own_server, timeout_s=5.0) as (journal, ear):
+            journal.watch("s")
+            await ear.until(lambda: ear.doubts == ["s"])
+            with own_server.client() as client:
+                for kind in ("normal", "pubsub"):
+                    client.client_kill_filter(_type=kind, skipme=True)
+            await ear.until(lambda: len(ear.doubts) == 2)
+            assert await persistently(lambda: journal.tops(["s"])) == {}
+            assert journal.replaced_at == -math.inf
+            before = asyncio.get_running_loop().time()
+            await asyncio.to_thread(own_server.kill)
+            await asyncio.to_thread(own_server.restart)
+            assert await persistently(lambda: journal.tops(["s"])) == {}
+            assert journal.replaced_at > before
 
     asyncio.run(scenario())
 

@@ -12,10 +12,10 @@ import pytest
 from replay.doubtful_journal import Stage, staged
 
 from relay.cursor import ORIGIN, Cursor
-from relay.errors import JournalUnavailable
+from relay.errors import JournalUnavailable, ResumeUnknown, UnknownRun, UnknownStream
 from relay.frame import Frame
 from relay.journal.base import Page
-from relay.replay.reader import LossUntold, Reader, ReaderEnd, Readers
+from relay.replay.reader import LossUntold, Reader, ReaderEnd, Readers, find
 from relay.replay.tail import WRITE_MAX_BYTES
 from relay.replay.view import EventsView, View
 
@@ -505,3 +505,66 @@ def test_who_waits_for_a_stream_is_counted_and_sent_away_when_draining() -> None
     assert given_up == [1]
     readers.expected(give_up)
     assert len(readers) == 0
+
+
+# Looking for what a client knows to be there.
+
+
+@pytest.mark.parametrize("unknown", [UnknownStream, UnknownRun, ResumeUnknown])
+def test_what_a_journal_that_was_replaced_just_now_does_not_know_is_looked_for_again(
+    tmp_path: Path, unknown: type[Exception]
+) -> None:
+    """And so is what is there, but less of it than its client was shown."""
+
+    async def check() -> None:
+        async with staged(tmp_path) as stage:
+            stage.journal.replaced_at = stage.tails.now()
+            answers: list[tuple[str, bool] | Exception] = [
+                unknown("Not there."),
+                ("less", True),
+                ("all", False),
+            ]
+
+            async def look() -> tuple[str, bool]:
+                answer = answers.pop(0)
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+
+            assert await find(stage.tails, look) == "all"
+
+    asyncio.run(check())
+
+
+def test_what_the_journal_never_knew_is_not_waited_for(tmp_path: Path) -> None:
+    """Neither when it was replaced long ago, nor when it never was."""
+
+    async def check() -> None:
+        async with staged(tmp_path) as stage:
+            looks = 0
+
+            async def look() -> tuple[str, bool]:
+                nonlocal looks
+                looks += 1
+                raise UnknownRun("Not there.")
+
+            for replaced_at in (None, stage.tails.now() - stage.tails.settings.rewind_grace_s):
+                if replaced_at is not None:
+                    stage.journal.replaced_at = replaced_at
+                with pytest.raises(UnknownRun):
+                    await find(stage.tails, look)
+            assert looks == 2
+
+    asyncio.run(check())
+
+
+def test_what_does_not_come_back_is_waited_for_no_longer_than_its_grace(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with staged(tmp_path, rewind_grace_s=0.1) as stage:
+
+            async def look() -> tuple[str, bool]:
+                return "less", True
+
+            assert await find(stage.tails, look) == "less"
+
+    asyncio.run(check())
