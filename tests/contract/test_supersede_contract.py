@@ -324,6 +324,9 @@ async def test_frames_of_other_runs_since_the_first_superseded_one_are_counted(
     frames = await everything(journal, stream)
     opened = await journal.open_run(opening(stream, "r5", supersedes=["latest"]))
     assert (opened.frames_after, set(opened.runs_after)) == others("r4", "r4") == (0, set())
+    frames = await everything(journal, stream)
+    opened = await journal.open_run(opening(stream, "r6", supersedes=["r1", "r4", "r5"]))
+    assert (opened.frames_after, set(opened.runs_after)) == others("r1", "r1", "r4", "r5")
 
 
 async def test_of_many_runs_that_stand_after_only_some_are_named(journal: Journal, stream: str) -> None:

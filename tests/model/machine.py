@@ -82,7 +82,7 @@ STEPS: dict[str, tuple[int, st.SearchStrategy[tuple[Any, ...]]]] = {
     "cancel": (3, st.tuples(PICK, st.booleans(), st.booleans(), HURRY)),
     "take_over": (3, st.tuples(PICK, st.booleans(), HURRY)),
     "kill_owner": (2, st.tuples(st.sampled_from(("p1", "p2")), HURRY)),
-    "seal": (1, st.tuples(STREAMS, RARELY, HURRY)),
+    "seal": (2, st.tuples(STREAMS, RARELY, HURRY)),
     "append_unnumbered": (1, st.tuples(PICK, EVENTS, ENDINGS, HURRY)),
     "repeat": (2, st.tuples(PICK, st.booleans())),
     "trim": (3, st.tuples(STREAMS, st.integers(-1, 6), HURRY)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -74,6 +75,7 @@ class SteeredJournal:
     ) -> None:
         """`heard` is told of all frames that hints bring, before anybody else is."""
         self.inner = inner
+        self.replaced_at = -math.inf
         self.failures = 0
         """So many of the next reads fail."""
         self.holds_reads = False

@@ -455,6 +455,7 @@ class World:
 
     def _become(self, stream: Stream, state: State) -> None:
         """The journal has changed to this, which keeps its promises and agrees with what it says of runs."""
+        former = stream.now
         stream.become(state)
         broken = state.broken_promise()
         if broken:
@@ -467,6 +468,16 @@ class World:
         found = list(self.loop.run(self.inner.states(runs)))
         if found != expected:
             raise self._broken(f"{stream.name}: runs are {found}, not {expected}")
+        for run in state.runs.values():
+            if run is not former.runs.get(run.name):
+                self._check_run(stream, run)
+
+    def _check_run(self, stream: Stream, run: ModelRun) -> None:
+        info = self.loop.run(self.inner.run(stream.name, run.name))
+        found = (info.owner, info.dialect, info.superseded_by, info.start, info.frames, info.text_bytes)
+        expected = (run.owner, run.dialect, run.superseded_by, _cursor(run.start), len(run.events))
+        if found != (*expected, run.text_bytes):
+            raise self._broken(f"{info} is not {run}")
 
     def open_run(
         self,
@@ -819,6 +830,8 @@ class World:
         streams = self.streams if stream is None else [stream]
         tokens = [run.token for each in streams for state in each.states for run in state.runs.values()]
         self.backend.restore(streams[0].name, list(set(tokens)), saved)
+        if live and self.choice.random() < 0.5:
+            self.journal.replaced_at = self.loop.time()
         for each, state in zip(streams, states, strict=True):
             each.become(state)
             self.backend.pass_ms(max([node.ms for node in each.nodes.values()], default=0))
@@ -840,6 +853,14 @@ class World:
         self._missed = True
         tokens = [run.token for state in stream.states for run in state.runs.values()]
         self.backend.restore(stream.name, list(set(tokens)), saved)
+        self.journal.replaced_at = self.loop.time()
+        if slowly:  # relay's links broke, and it looks at what there is, again and again; so do clients
+            self.inside(lambda: self.app.tails.on_doubt(stream.name))
+            for client in list(self.gone_clients()):
+                if client.stream is stream and client.position and self.choice.random() < 0.5:
+                    self.connect(client)
+            self.pass_time(0.3)
+            self.pass_time(0.6)
         for opening, held in self._held_by_writers(stream, then, lost):
             if slowly:
                 self.settle()
