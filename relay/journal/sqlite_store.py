@@ -378,13 +378,15 @@ class Store:
         stream = self._clear_of_expired(opening.stream, now)
         run = None if stream is None else self._find_run(stream, opening.run)
         top, first = ORIGIN if stream is None else stream.top, held.first
+        if run is None and self._former_ms(opening.stream) >= first.ms:
+            raise _ended(Status.CANCELLED, Reason.STREAM_DELETED)
         count = len(held.events) + (held.error_event is not None) + (held.ending is not None)
         there = max(0, min(count, top.seq - first.seq + 1))
         if there and (stream is None or run is None or self._others_at(stream, run, first, there)):
             raise Diverged("The journal holds other frames in their place.", last_seq=top.seq)
         if there == count:
             return
-        if first.ms < (self._former_ms(opening.stream) + 1 if stream is None else stream.last_ms):
+        if stream is not None and first.ms < stream.last_ms:
             raise Diverged("The journal was written on at a later time.", last_seq=top.seq)
         if first.seq > top.seq + 1:
             raise Rewound("Frames before these are missing.", last_seq=top.seq)
@@ -796,8 +798,7 @@ class Store:
         self._turned_runs[run.id] = run
 
     def _has_ended(self, run: Run) -> RunEnded:
-        said = f"The run has ended: {run.status}, {run.reason}."
-        return RunEnded(said, run_status=run.status.value, reason=run.reason)
+        return _ended(run.status, run.reason)
 
     def _seal(self, stream: Stream) -> None:
         if stream.sealed:
@@ -910,6 +911,11 @@ def _closing(
     """What is journaled of an ending: what relay itself says, if anything, and the terminal frame."""
     terminal = Event(CONTROL_EVENT, run_ended(run, ending, frames, text_bytes))
     return [terminal] if error_event is None else [error_event, terminal]
+
+
+def _ended(status: Status, reason: str) -> RunEnded:
+    said = f"The run has ended: {status}, {reason}."
+    return RunEnded(said, run_status=status.value, reason=str(reason))
 
 
 def _check_transition(status: Status, ending: Ending) -> None:
