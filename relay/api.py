@@ -21,6 +21,7 @@ from relay.errors import (
     MethodNotAllowed,
     ResumeUnknown,
     RouteNotFound,
+    UnknownRun,
     UnknownStream,
 )
 from relay.frame import Frame, frame_object, is_terminal, timestamp
@@ -127,10 +128,19 @@ class Api:
         return Json(stream_object(await self._app.journal.describe(name)))
 
     async def run(self, request: Request) -> Response:
-        """`GET /relay/v1/streams/{stream}/runs/{run}`."""
-        stream = check_stream_name(request.path_params["stream"])
-        run = check_run_name(request.path_params["run"])
+        """`GET /relay/v1/streams/{stream}/runs/{run}`: a run by its name, `current` or `latest`."""
+        stream, run = await self._stream_and_run(request)
         return Json(run_object(stream, await self._app.journal.run(stream, run)))
+
+    async def _stream_and_run(self, request: Request) -> tuple[str, str]:
+        stream, run = check_stream_name(request.path_params["stream"]), request.path_params["run"]
+        if run not in RUN_WORDS:
+            return stream, check_run_name(run)
+        info = await self._app.journal.describe(stream)
+        found = info.latest_run if run == "latest" else next(reversed(info.open_runs), "")
+        if not found:
+            raise UnknownRun("The stream has no run." if run == "latest" else "The stream has no open run.")
+        return stream, found
 
     async def runs(self, request: Request) -> Response:
         """`GET /relay/v1/streams/{stream}/runs`: its runs, oldest first, paged with `after` and `limit`."""
@@ -149,8 +159,7 @@ class Api:
 
     async def transcript(self, request: Request) -> Response:
         """`GET /relay/v1/streams/{stream}/runs/{run}/transcript`: the text a reader could have been shown."""
-        stream = check_stream_name(request.path_params["stream"])
-        run = check_run_name(request.path_params["run"])
+        stream, run = await self._stream_and_run(request)
         max_bytes = self._app.settings.transcript_max_bytes
         transcript = await read_transcript(self._app.journal, stream, run, max_bytes)
         return Json(await asyncio.to_thread(transcript.document))

@@ -111,10 +111,10 @@ def ls(url: str) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(("lines", "text", "ndjson")),
-    default="lines",
+    type=click.Choice(("text", "lines", "ndjson")),
+    default="text",
     show_default=True,
-    help="What a frame is: a line, a piece of text as it comes, or an object {event, data} a line.",
+    help="What a frame is: a piece of text as it comes, a line, or an object {event, data} a line.",
 )
 @click.option("--event", default="", help="Event name of every frame; not with ndjson.")
 @click.option("--dialect", default=None, help="Payload format of the frames; detected otherwise.")
@@ -130,6 +130,8 @@ def push(stream: str, form: str, event: str, metadata: str | None, url: str, **o
             given["metadata"] = orjson.loads(metadata)
         except orjson.JSONDecodeError as error:
             raise click.BadParameter(f"not JSON: {error}", param_hint="--metadata") from None
+    if event and form == "ndjson":
+        raise click.UsageError("--event is not for ndjson, whose objects name their events")
     options = PushOptions(form, event, given)
     if sys.stdin is None:
         raise click.UsageError("standard input is closed")

@@ -53,7 +53,7 @@ async def list_streams(url: str, echo: Callable[[str], Any]) -> None:
         while True:
             page = await _get_json(session, f"{url.rstrip('/')}/relay/v1/streams", {"after": after})
             for stream in page["streams"]:
-                state = "sealed" if stream["sealed"] else "open"
+                state = "sealed" if stream["sealed"] else "idle"
                 if stream["open_runs"]:
                     state = f"running {','.join(stream['open_runs'])}"
                 columns = (stream["stream"], stream["top"], f"{stream['runs']} runs", state, stream["active"])
@@ -97,6 +97,8 @@ async def tail_stream(
                         _print(frame, as_json, echo)
                         if goodbye in ("ended", "deleted"):
                             return
+            except BrokenPipeError:
+                raise  # who reads our lines is gone, not relay
             except (aiohttp.ClientError, OSError) as error:
                 if not reached or isinstance(error, aiohttp.InvalidURL):
                     raise _unreachable(url, error) from None

@@ -130,7 +130,8 @@ class RunRoutes:
             return await self._whole(stream, media_type, request)
         if "end" in request.query_params:
             raise UnsupportedMediaType(f"A run in one request is sent as {', '.join(FORMATS)}.")
-        body = await _json_body(request)
+        # As large as frames may be pushed: it may hold what upstream is asked, a whole conversation.
+        body = await _json_body(request, self._app.settings.buffered_body_max_bytes)
         given = _known_members(body, (*_WISHES, "upstream"))
         upstream = given.pop("upstream", None)
         opening = _opening(stream, given, request, body)
@@ -166,7 +167,9 @@ class RunRoutes:
             raise InvalidParameter("A run in one request ends with it: add ?end=completed.", parameter="end")
         if "relay-seq" in request.headers:
             raise InvalidParameter("A run in one request is numbered from its first frame.")
-        given: dict[str, Any] = {name: text for name, text in request.query_params.items() if name in _WISHES}
+        given: dict[str, Any] = dict(request.query_params)
+        del given["end"]
+        _refuse_unknown(given, _WISHES)
         if "supersedes" in given:
             given["supersedes"] = request.query_params.getlist("supersedes")
         if "idle_timeout_s" in given:
@@ -214,7 +217,7 @@ class FrameRoutes:
         """`POST …/runs/{run}/frames`: journal frames."""
         stream, run = _stream_and_run(request)
         writer, end = _writer(request), _ending_asked_for(request)
-        seq = _sequence(request.headers.get("relay-seq", ""))
+        seq = _sequence(request.headers.getlist("relay-seq"))
         settings = self._app.settings
         media_type = _media_type(request)
         frames: list[Event] | FrameParser
@@ -223,7 +226,7 @@ class FrameRoutes:
         else:
             body = await _whole_body(request, settings.buffered_body_max_bytes)
             if body or media_type:
-                _check_json(media_type)
+                _check_json(media_type, _FORMATS_SAID)
             frames = events_of_json(body, settings.frame_max_bytes) if body else []
         receipt = await self._app.pushes.push(stream, run, writer, seq, frames, _body(request), end)
         return _receipt(receipt, end)
@@ -352,8 +355,9 @@ def _writer(request: Request) -> str:
     return writer
 
 
-def _sequence(text: str) -> int:
+def _sequence(given: list[str]) -> int:
     """The number of the first frame; 0 when it has none."""
+    text = ",".join(given)  # two of them are none
     if not text:
         return 0
     if len(text) > 16 or not text.isascii() or not text.isdigit() or not 1 <= int(text) <= NUMBER_MAX:
@@ -374,10 +378,10 @@ def _media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _check_json(media_type: str) -> None:
+def _check_json(media_type: str, accepted: str = JSON) -> None:
     # Nothing else may pass for it: a page of another origin can send text without being asked.
     if media_type != JSON:
-        raise UnsupportedMediaType(f"Send one of: {_FORMATS_SAID}.")
+        raise UnsupportedMediaType(f"Say what the body is by Content-Type: {accepted}.")
 
 
 def _body(request: Request) -> Callable[[], Awaitable[Piece]]:
@@ -426,10 +430,14 @@ def _known_members(body: bytes, known: tuple[str, ...]) -> dict[str, Any]:
     given = _parsed(body, "The body")
     if not isinstance(given, dict):
         raise InvalidParameter("The body is not an object.")
+    _refuse_unknown(given, known)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     unknown = [name for name in given if name not in known]
     if unknown:
         raise InvalidParameter(f"Not known here: {', '.join(unknown)}.", parameters=unknown)
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _parsed(text: bytes, what: str) -> Any:

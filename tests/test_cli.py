@@ -44,7 +44,7 @@ def run(
 def pushing(relay: RelayProcess, stream: str, first: str) -> subprocess.Popen[str]:
     """`relay push` that has pushed a first line and waits for more."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "relay", "push", stream, "--url", relay.url],
+        [sys.executable, "-m", "relay", "push", stream, "--format", "lines", "--url", relay.url],
         stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdin is not None
@@ -219,23 +219,38 @@ def test_tail_and_ls_speak_to_a_running_relay(
     assert re.search(r"^2-\d+\t\tone$", outcome.stdout, re.M)
     outcome = run("ls", cwd=tmp_path, RELAY_URL=relay.url)
     assert outcome.returncode == 0
-    assert re.search(rf"^{name}\t3-\d+\t1 runs\topen\t", outcome.stdout, re.M)
+    assert re.search(rf"^{name}\t3-\d+\t1 runs\tidle\t", outcome.stdout, re.M)
     for command in (("tail", "nobody-" + name), ("ls", "--url", "http://127.0.0.1:1")):
         outcome = run(*command, cwd=tmp_path, RELAY_URL=relay.url)
         assert outcome.returncode == 1
         assert re.fullmatch(r"relay: (Unknown stream|Nothing answers).*\n", outcome.stderr)
 
 
+def test_tail_ends_when_nobody_reads_its_lines(relay: RelayProcess, name: str) -> None:
+    """As in `relay tail … | head -1`: it is no connection to relay that broke."""
+    producer = Producer(relay, name)
+    producer.push("one")
+    command = [sys.executable, "-W", "error", "-m", "relay", "tail", name, "--url", relay.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        producer.push("more")
+        producer.push("and more")
+        assert process.wait(DEADLINE_S) == 130
+
+
 def test_push_makes_a_run_of_standard_input_and_says_its_name(
     relay: RelayProcess, name: str, tmp_path: Path
 ) -> None:
-    outcome = run("push", name, "--event", "say", "--url", relay.url, cwd=tmp_path, given="one\ntwo\n")
+    lines = ("--format", "lines", "--event", "say")
+    outcome = run("push", name, *lines, "--url", relay.url, cwd=tmp_path, given="one\ntwo\n")
     assert (outcome.returncode, outcome.stdout) == (0, "")
     first = outcome.stderr.strip()
     record = whole_run(relay, name)
     assert record.ended["run"] == first
     assert [(frame.event, frame.data) for frame in record.frames] == [("say", "one"), ("say", "two")]
-    options = ("--supersedes", "latest", "--format", "text", "--run", "mine", "--metadata", '{"a": 1}')
+    options = ("--supersedes", "latest", "--run", "mine", "--metadata", '{"a": 1}')
     outcome = run("push", name, *options, cwd=tmp_path, given="three\n", RELAY_URL=relay.url)
     assert (outcome.returncode, outcome.stderr) == (0, "mine\n")
     assert whole_run(relay, name).texts == ["three\n"]
@@ -293,6 +308,7 @@ def test_wrong_options_of_push_and_inspect_are_said_before_relay_is_asked(tmp_pa
     for command, said in (
         (("push", "s", "--metadata", "{"), "--metadata"),
         (("push", "s", "--format", "xml"), "--format"),
+        (("push", "s", "--format", "ndjson", "--event", "e"), "--event"),
         (("inspect", "s", "--transcript"), "--transcript needs a run"),
     ):
         outcome = CliRunner().invoke(cli, [*command, "--url", "http://127.0.0.1:1"])

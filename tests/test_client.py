@@ -178,7 +178,7 @@ def test_ls_lists_every_stream_with_its_state(
         lines: list[str] = []
         asyncio.run(list_streams(relay.url, lines.append))
         states = {line.split("\t")[0]: line.split("\t")[1:4] for line in lines}
-        assert states[name][1:] == ["1 runs", "open"]
+        assert states[name][1:] == ["1 runs", "idle"]
         assert states[name][0].startswith("3-")
         assert states[sealed][2] == "sealed"
         assert states[f"{name}-open"][2] == f"running {running.headers['relay-run']}"

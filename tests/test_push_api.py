@@ -370,11 +370,11 @@ BODIES: list[tuple[Any, int, str]] = [
     ("text", 400, "invalid_parameter"),
     (7, 400, "invalid_parameter"),
     ({"unknown": 1}, 400, "invalid_parameter"),
-    (b'{"x":"' + b"x" * OPTIONS_MAX_BYTES + b'"}', 413, "body_too_large"),
 ]
+TOO_LARGE = b'{"x":"' + b"x" * OPTIONS_MAX_BYTES + b'"}'
 
 
-@pytest.mark.parametrize(("body", "status", "code"), BODIES)
+@pytest.mark.parametrize(("body", "status", "code"), [*BODIES, (TOO_LARGE, 413, "body_too_large")])
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -395,6 +395,8 @@ def test_a_body_that_is_not_what_a_route_takes_is_refused_and_changes_nothing(
     headers = {"Relay_Writer": producer.writer, "Content_Type": "application/json"}
     before = info(relay, name, producer.run)
     refused = ask(relay.port, method, place, body, **headers)
+    if path == "{name}/runs" and body is TOO_LARGE:  # what upstream is asked may be as large
+        status, code = 400, "invalid_parameter"
     assert refused.problem == (status, code)
     if isinstance(body, dict):
         assert refused.json["parameters"] == list(body)
@@ -608,3 +610,44 @@ def test_a_whole_run_supersedes_as_its_query_says(relay: RelayProcess, name: str
     assert (done.status, done.json["status"], done.json["reason"]) == (201, "failed", "producer_failed")
     assert set(done.json["superseded"]) == {first.run, second.run}
     assert relay.json(f"/relay/v1/streams/{name}")["open_runs"] == []
+
+
+def test_a_run_in_one_request_refuses_what_it_does_not_know(relay: RelayProcess, name: str) -> None:
+    """A misspelt wish would pass for none."""
+    refused = ask(
+        relay.port, "POST", f"{name}/runs?end=completed&supersede=latest", b'{"data":"a"}\n',
+        Content_Type="application/x-ndjson",
+    )  # fmt: skip
+    assert refused.problem == (400, "invalid_parameter")
+    assert refused.json["parameters"] == ["supersede"]
+    assert ask(relay.port, "GET", name).status == 404
+
+
+def test_two_sequence_numbers_are_none(relay: RelayProcess, name: str) -> None:
+    producer = Producer(relay, name)
+    refused = producer.ask("frames", {"data": "a"}, Relay_Seq="1,2")
+    assert refused.problem == (400, "invalid_parameter")
+    assert producer.push("a").json["first"].startswith("2-")
+
+
+def test_a_run_is_found_by_what_it_is_of_its_stream(relay: RelayProcess, name: str) -> None:
+    def found(run: str, *, suffix: str = "") -> Any:
+        answer = ask(relay.port, "GET", f"{name}/runs/{run}{suffix}")
+        return answer.json["run"] if answer.status == 200 else answer.problem
+
+    assert found("latest") == (404, "unknown_stream")
+    older, newer = Producer(relay, name), Producer(relay, name)
+    assert (found("current"), found("latest")) == (newer.run, newer.run)
+    newer.push("done", end="completed")
+    assert (found("current"), found("latest")) == (older.run, newer.run)
+    assert found("latest", suffix="/transcript") == newer.run
+    older.push(end="completed")
+    assert (found("current"), found("latest")) == ((404, "unknown_run"), newer.run)
+
+
+def test_what_upstream_is_asked_may_be_large(relay: RelayProcess, upstream: Any, name: str) -> None:
+    upstream.on_stream(f"/{name}", [b"data: read\n\n"])
+    asked = {"method": "POST", "path": f"/{name}", "body": {"history": "x" * 200_000}}
+    started = ask(relay.port, "POST", f"{name}/runs", {"upstream": asked})
+    assert started.status == 202
+    assert whole_run(relay, name).texts == ["read"]
