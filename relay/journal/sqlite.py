@@ -195,7 +195,7 @@ class SqliteJournal:
         return ()
 
     async def owned(self, owner: str, limit: int) -> Sequence[tuple[str, str]]:
-        return ()
+        return await self._read(reading.list_owned, owner, limit)
 
     async def due_runs(self, limit: int) -> Sequence[tuple[str, str]]:
         return await self._read(reading.list_due, limit)

@@ -200,6 +200,16 @@ def read_states(db: sqlite3.Connection, now: int, runs: Sequence[tuple[str, str]
     ]
 
 
+def list_owned(db: sqlite3.Connection, now: int, owner: str, limit: int) -> list[tuple[str, str]]:
+    """See `Journal.owned`."""
+    return db.execute(
+        "SELECT streams.name, runs.name FROM runs INDEXED BY runs_open "
+        "JOIN streams ON streams.id = stream_id "
+        f"WHERE status = 'open' AND owner = :owner AND {LIVE} LIMIT :limit",
+        {"now": now, "owner": owner, "limit": max(0, limit)},
+    ).fetchall()
+
+
 def list_due(db: sqlite3.Connection, now: int, limit: int) -> list[tuple[str, str]]:
     """See `Journal.due_runs`."""
     return db.execute(

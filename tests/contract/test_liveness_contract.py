@@ -355,7 +355,6 @@ async def test_who_owns_runs_and_holds_no_lease_is_found(journal: Journal, strea
         await journal.end_run(stream, f"r{number}", CANCELLED, {})
 
 
-@many_processes
 async def test_what_a_process_owns_is_listed_until_it_ends(
     journal: Journal, name: Callable[[str], str]
 ) -> None:
@@ -387,7 +386,6 @@ async def test_what_a_process_owns_is_listed_until_it_ends(
     assert await journal.owned(another_owner(), 10) == []
 
 
-@many_processes
 async def test_the_runs_of_a_deleted_stream_are_nobodys(journal: Journal, stream: str) -> None:
     """Whoever still finds one in an index has it dropped."""
     me = another_owner()
