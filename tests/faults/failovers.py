@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import signal
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from random import Random
@@ -106,8 +107,9 @@ class Cluster:
             for kind in ("normal", "pubsub"):
                 client.client_kill_filter(_type=kind, skipme=True)
         for relay in (self.owner, self.other):
+            deadline = time.monotonic() + DEADLINE_S
             while relay.json("/relay/readyz")["journal"] != "up":
-                pass
+                assert time.monotonic() < deadline, "a relay does not find its primary"
         with self.replica.client() as client:
             assert not {"cmdstat_eval", "cmdstat_evalsha"} & set(client.info("commandstats"))
         self.replica.replicate(self.primary)
