@@ -32,7 +32,17 @@ from relay.errors import (
     UpgradeUnsupported,
 )
 from relay.ingest.owned import OwnedRuns
-from relay.ingest.proxy import Call, ClientGone, Passed, Proxy, RunAnswer, RunWishes, StartedRun
+from relay.ingest.proxy import (
+    Call,
+    ClientGone,
+    Opening,
+    Passed,
+    PassedWhole,
+    Proxy,
+    RunAnswer,
+    RunWishes,
+    StartedRun,
+)
 from relay.ingest.push import Pushes
 from relay.ingest.upstream import TruncatedBody, Upstream, UpstreamRequest
 from relay.journal.base import Ended, Journal, Page
@@ -241,6 +251,8 @@ class App:
             opened = await self._open(self._proxy, call, scope)
             if isinstance(opened, Passed):
                 await _pass_on(opened, call.method, scope, send)
+            elif isinstance(opened, PassedWhole):
+                await send_whole(opened.status, opened.headers, opened.body, send)
             elif isinstance(opened, StartedRun):
                 await _send_started(opened, send)
             elif opened.info is None:
@@ -253,7 +265,7 @@ class App:
             await self._ask_to_come_back(error, send)
 
     @staticmethod
-    async def _open(proxy: Proxy, call: Call, scope: Scope) -> Passed | RunAnswer | StartedRun:
+    async def _open(proxy: Proxy, call: Call, scope: Scope) -> Opening:
         """Ask upstream. On paths that are never journaled a client that leaves takes the call with it."""
         if not proxy.passes(call.path):
             return await proxy.open(call)
@@ -410,8 +422,9 @@ class App:
             info = await self.journal.run(stream, run)
         except RelayError:
             return False
-        said = BY_NAME.get(info.dialect, RAW).error_event(ending(Reason.UPSTREAM_ERROR)) is not None
-        return info.status is Status.COMPLETED or said
+        # Who ends a run of which it is not known that it was answered leaves its format alone.
+        said = info.answer and BY_NAME.get(info.dialect, RAW).error_event(ending(Reason.UPSTREAM_ERROR))
+        return info.status is Status.COMPLETED or bool(said)
 
     def check_room(self) -> None:
         """Raises `Busy` when no further reader may be served."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -21,6 +21,7 @@ from relay.dialects.detect import BY_NAME, by_path
 from relay.errors import (
     BodyTooLarge,
     Busy,
+    Fenced,
     InvalidName,
     InvalidParameter,
     JournalError,
@@ -29,6 +30,7 @@ from relay.errors import (
     KeyReused,
     RelayError,
     ResumeUnknown,
+    RunEnded,
     StartupError,
     StreamBusy,
     StreamSealed,
@@ -40,11 +42,11 @@ from relay.errors import (
 from relay.ingest.naming import naming_rules, parse_json, stream_routes
 from relay.ingest.opening import SAID_OF_SUPERSEDED, open_run
 from relay.ingest.owned import OnEnded, OwnedRuns
-from relay.ingest.pump import Called, CallingPump, Lines, Parser, Pump, ServerSentEvents
+from relay.ingest.pump import Called, CallingPump, Lines, Parser, Pump, ServerSentEvents, Whole
 from relay.ingest.upstream import Answer, Headers, Inflater, Upstream, UpstreamRequest, end_to_end
 from relay.ingest.writer import RunWriter
 from relay.journal.base import Journal, Opened, RunInfo, RunOpening
-from relay.lifecycle import Ending, Reason, ending
+from relay.lifecycle import Ending, Reason, Status, ending
 from relay.limits import METADATA_MAX_BYTES, check_run_name, check_stream_name
 from relay.ndjson import NDJSON
 from relay.settings import Settings
@@ -84,6 +86,9 @@ CLAIM_POLL_S = 0.1
 
 UNWRITTEN_MAX = 1000
 """Endings kept for a journal that is away; beyond that the oldest is given up."""
+
+
+SomePump = TypeVar("SomePump", bound=Pump)
 
 
 class ClientGone(Exception):
@@ -173,6 +178,11 @@ class RunWishes:
     supersedes: Sequence[str] = ()
     if_busy: str = "allow"
 
+    @property
+    def supersede(self) -> bool:
+        """Whether other runs may end for this one."""
+        return bool(self.supersedes) or self.if_busy == "supersede"
+
 
 def read_wishes(call: Call) -> RunWishes:
     """The wishes in a request's headers; raises `InvalidParameter`, `InvalidName`."""
@@ -195,6 +205,19 @@ class Passed:
 
     answer: Answer
     headers: Headers
+
+
+@dataclass(frozen=True, slots=True)
+class PassedWhole:
+    """An answer that is no stream, to be passed on; its run has it too."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+Opening = Passed | PassedWhole | RunAnswer | StartedRun
+"""What a request to upstream led to."""
 
 
 class Proxy:
@@ -227,6 +250,8 @@ class Proxy:
         self._named_dialect = BY_NAME.get(settings.dialect)
         self._pumps: dict[tuple[str, str], Pump] = {}
         self._openings: set[asyncio.Future[None]] = set()
+        self._calls: dict[asyncio.Future[None], asyncio.Task[Any]] = {}
+        """Requests that may still become a run, and the tasks that work on them."""
         self._unwritten: dict[RunWriter, Callable[[], Awaitable[None]]] = {}
         self._finishing: set[asyncio.Task[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -274,7 +299,7 @@ class Proxy:
             pass
         return None
 
-    async def open(self, call: Call) -> Passed | RunAnswer | StartedRun:
+    async def open(self, call: Call) -> Opening:
         """Send a request to upstream, or find the run an earlier one with the same key led to.
 
         A client that leaves meanwhile does not stop this: whether the answer is a run, which goes on without
@@ -284,6 +309,22 @@ class Proxy:
         if self.passes(call.path):
             answer = await self._call(call, call.body)
             return Passed(answer, end_to_end(answer.headers))
+        task = asyncio.current_task()
+        assert task is not None
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._calls[done] = task
+        try:
+            return await self._open_call(call)
+        except asyncio.CancelledError:
+            if not self._shut:
+                raise
+            task.uncancel()
+            raise Busy(_SHUTTING_DOWN) from None
+        finally:
+            del self._calls[done]
+            done.set_result(None)
+
+    async def _open_call(self, call: Call) -> Opening:
         wishes = read_wishes(call)
         key = call.header("idempotency-key")
         others = _preferences_without_async(call)
@@ -293,7 +334,7 @@ class Proxy:
             raise Busy(_TOO_MANY_RUNS)  # it can only want a stream, so upstream need not be called in vain
         body: AsyncIterator[bytes] | bytes | None = call.body
         if key:
-            body = await self._whole_body(call, "for an Idempotency-Key")
+            body = await self._whole_body(call.body, "for an Idempotency-Key")
             name = self._name(call, body)
             begin = partial(self._open, call, body, name, wishes)
             joined = await self._join(call, body, name, key, begin)
@@ -301,21 +342,21 @@ class Proxy:
                 return await self._joined_answer(call, *joined)
             return joined
         if self._naming.needs_body and "json" in call.header("content-type"):
-            begun, rest = await self._begin_body(call)
+            begun, rest = await self._begin_body(call.body)
             name = self._name(call, begun if rest is None else None)
             return await self._open(call, begun if rest is None else _joined(begun, rest), name, wishes)
         return await self._open(call, body, self._name(call, None), wishes)
 
     async def _open_async(
         self, call: Call, preferences: Sequence[str], wishes: RunWishes, key: str
-    ) -> Passed | RunAnswer | StartedRun:
+    ) -> Opening:
         """Open the run first; upstream is called behind the answer."""
-        body = await self._whole_body(call, "for a request that is answered before it is sent")
+        body = await self._whole_body(call.body, "for a request that is answered before it is sent")
         name = self._name(call, body)
-        headers = end_to_end(call.headers, *_FOR_RELAY, b"expect", b"accept-encoding", b"prefer")
+        headers = _request_headers(call, b"prefer")
         headers += [(b"prefer", preference.encode("latin-1")) for preference in preferences]
         request = UpstreamRequest(call.method, call.target, headers, body)
-        begin = partial(self.start_run, name, request, wishes)
+        begin = partial(self._start_run, name, request, wishes)
         if not key:
             return await begin()
         joined = await self._join(call, body, name, key, begin)
@@ -335,7 +376,13 @@ class Proxy:
 
     async def _open(
         self, call: Call, body: AsyncIterator[bytes] | bytes | None, stream: str, wishes: RunWishes
-    ) -> Passed | RunAnswer:
+    ) -> Passed | PassedWhole | RunAnswer:
+        if stream and wishes.supersede and call.method != "HEAD":
+            if not isinstance(body, bytes):
+                body = await self._whole_body(body, "for a request whose run begins before it is sent")
+            answered = await self._open_first(call, body, stream, wishes)
+            if answered is not None:
+                return answered
         await self._refuse_if_busy(stream, wishes)
         answer = await self._call(call, body)
         try:
@@ -353,9 +400,54 @@ class Proxy:
             answer.close()
             raise
 
+    async def _open_first(
+        self, call: Call, body: bytes | None, stream: str, wishes: RunWishes
+    ) -> PassedWhole | RunAnswer | None:
+        """Replace runs before upstream is called, which may be slow to answer: every reader sees at once that
+        they are over, and what is stopped meanwhile is the new run. None when the journal is away and the
+        stream may go without it.
+
+        The client gets upstream's answer as ever. One that is no stream is the run's too, and ends it."""
+        request = UpstreamRequest(call.method, call.target, _request_headers(call), body)
+        try:
+            opening, pump, opened = await self._start(stream, request, wishes, awaited=True)
+        except JournalError as error:
+            if self._settings.journal_down != "passthrough":
+                raise
+            log.warning("a run cannot begin before upstream is called: %s", error)
+            return None
+        answered = await pump.answered
+        if isinstance(answered, UpstreamError):
+            raise answered
+        if isinstance(answered, Whole):
+            bodiless = (b"content-length",) if answered.answer.status in (204, 304) else ()
+            headers = end_to_end(answered.answer.headers, *bodiless)
+            return PassedWhole(answered.answer.status, headers, answered.body)
+        if answered is None:
+            raise await self._why_unanswered(pump)
+        head = _head(answered.answer)
+        if opened.superseded:
+            head.append((b"relay-frames-after", b"%d" % opened.frames_after))
+        status = answered.answer.status
+        return RunAnswer(opening.stream, opening.run, opening.token, opened.start, status, head, pump)
+
+    async def _why_unanswered(self, pump: Pump) -> RelayError:
+        """Why a run was over before upstream answered. Raises `JournalError`."""
+        if pump.unwritten is not None:
+            return JournalUnavailable("The journal was away for too long.")
+        if pump.ended is not None and pump.ended.reason is Reason.SHUTDOWN:
+            return Busy(_SHUTTING_DOWN)
+        stream, run = pump.writer.stream, pump.writer.run
+        try:
+            info = await self._journal.run(stream, run)
+        except (UnknownStream, UnknownRun):
+            return _stopped(stream, run, Reason.STREAM_DELETED)
+        if not info.ended_ms:
+            return Fenced("Another writer took the run over before upstream answered.")
+        return _unanswered(stream, info)
+
     async def _call(self, call: Call, body: AsyncIterator[bytes] | bytes | None) -> Answer:
-        headers = end_to_end(call.headers, *_FOR_RELAY, b"expect", b"accept-encoding")
-        return await self._upstream.call(call.method, call.target, headers, body)
+        return await self._upstream.call(call.method, call.target, _request_headers(call), body)
 
     async def _refuse_if_busy(self, stream: str, wishes: RunWishes) -> None:
         """Spare upstream a call whose answer could not be journaled. The opening asks again, atomically."""
@@ -368,8 +460,8 @@ class Proxy:
         if open_runs:
             raise StreamBusy("The stream has an open run.", open_runs=list(open_runs))
 
-    async def _whole_body(self, call: Call, what_for: str) -> bytes | None:
-        body, rest = await self._begin_body(call)
+    async def _whole_body(self, given: AsyncIterator[bytes] | None, what_for: str) -> bytes | None:
+        body, rest = await self._begin_body(given)
         if rest is not None:
             raise BodyTooLarge(
                 f"The body is larger than relay buffers {what_for}.",
@@ -377,22 +469,23 @@ class Proxy:
             )
         return body
 
-    async def _begin_body(self, call: Call) -> tuple[bytes | None, AsyncIterator[bytes] | None]:
+    async def _begin_body(
+        self, given: AsyncIterator[bytes] | None
+    ) -> tuple[bytes | None, AsyncIterator[bytes] | None]:
         """The body as far as relay buffers one, and the rest of it if it is longer."""
-        if call.body is None:
+        if given is None:
             return None, None
         body = bytearray()
-        async for data in call.body:
+        async for data in given:
             body += data
             if len(body) > self._settings.buffered_body_max_bytes:
-                return bytes(body), call.body
+                return bytes(body), given
         return bytes(body), None
 
     # Runs
 
     async def _open_run(self, call: Call, answer: Answer, stream: str, wishes: RunWishes) -> RunAnswer:
-        if self._draining or self._is_full:
-            raise Busy(_TOO_MANY_RUNS)
+        self._check_room()
         parser, dialect = self._reading(answer, call.path)
         named = _stream_named_by(answer) or (check_stream_name(stream) if stream else "")
         head = _head(answer)
@@ -414,29 +507,50 @@ class Proxy:
         Raises `Busy`, `InvalidName`, `InvalidParameter`, and what `Journal.open_run` raises."""
         if self._draining:
             raise Busy(_SHUTTING_DOWN)
-        if self._is_full:
-            raise Busy(_TOO_MANY_RUNS)
+        return await self._start_run(stream, request, wishes)
+
+    async def _start_run(self, stream: str, request: UpstreamRequest, wishes: RunWishes) -> StartedRun:
+        opening, _, opened = await self._start(stream, request, wishes, awaited=False)
+        frames_after = opened.frames_after if opened.superseded else None
+        return StartedRun(opening.stream, opening.run, opened.start, frames_after)
+
+    async def _start(
+        self, stream: str, request: UpstreamRequest, wishes: RunWishes, *, awaited: bool
+    ) -> tuple[RunOpening, CallingPump, Opened]:
+        """Open a run and have its pump call upstream; `awaited` as for `CallingPump`."""
+        self._check_room()
         if wishes.dialect and wishes.dialect not in BY_NAME:
             raise InvalidParameter(f"A dialect is one of {', '.join(BY_NAME)}.")
         dialect = BY_NAME.get(wishes.dialect) or self._named_dialect
         opening = self._opening(check_stream_name(stream) if stream else "", wishes, dialect, "")
 
-        def pump_of(writer: RunWriter) -> Pump:
-            call = partial(self._answer_to, request, dialect)
-            return CallingPump(writer, call, dialect, self._now(), self._settings.frame_max_bytes)
+        def pump_of(writer: RunWriter) -> CallingPump:
+            call = partial(self._answer_to, opening.stream, request, dialect)
+            limit = self._settings.frame_max_bytes
+            return CallingPump(writer, call, dialect, self._now(), limit, awaited)
 
-        _, opened = await self._begin(opening, pump_of)
-        frames_after = opened.frames_after if opened.superseded else None
-        return StartedRun(opening.stream, opening.run, opened.start, frames_after)
+        pump, opened = await self._begin(opening, pump_of)
+        return opening, pump, opened
 
-    async def _answer_to(self, request: UpstreamRequest, dialect: Dialect | None) -> Called:
-        """Upstream's answer to a call of relay's own."""
+    def _check_room(self) -> None:
+        """Raises `Busy`. A request that came before relay began to shut down has the grace of the runs."""
+        if self._shut:
+            raise Busy(_SHUTTING_DOWN)
+        if self._is_full:
+            raise Busy(_TOO_MANY_RUNS)
+
+    async def _answer_to(self, stream: str, request: UpstreamRequest, dialect: Dialect | None) -> Called:
+        """Upstream's answer to the call for a run that is open already."""
         answer = await self._upstream.call(request.method, request.target, request.headers, request.body)
         try:
             kept_head = _kept_head(answer.status, _head(answer))
             if not _is_stream(request.method, answer):
                 return Called(answer, None, dialect, kept_head)
             parser, found = self._reading(answer, request.path)
+            named = answer.header(b"relay-stream")
+            if named not in ("", stream):
+                # Too late: readers of the run's stream have been told of it.
+                log.warning("stream=%s upstream's Relay-Stream %r comes too late", stream, named)
             return Called(answer, parser, dialect or found, kept_head)
         except BaseException:
             answer.close()
@@ -471,7 +585,9 @@ class Proxy:
             deliver=bool(self._settings.webhook_url),
         )
 
-    async def _begin(self, opening: RunOpening, pump_of: Callable[[RunWriter], Pump]) -> tuple[Pump, Opened]:
+    async def _begin(
+        self, opening: RunOpening, pump_of: Callable[[RunWriter], SomePump]
+    ) -> tuple[SomePump, Opened]:
         """Open a run and start its pump."""
         writer = RunWriter(self._journal, opening, self._settings, self._owned.memory)
         pump = pump_of(writer)
@@ -559,10 +675,10 @@ class Proxy:
         info = await self._known(stream, run)
         while not info.answer:
             if info.ended_ms:
-                raise UpstreamError(info.error or "The run ended before upstream answered.")
+                raise _unanswered(stream, info)
             if call.client_gone():
                 raise ClientGone
-            if self._draining:
+            if self._shut:
                 raise Busy(_SHUTTING_DOWN)
             await asyncio.sleep(CLAIM_POLL_S)
             info = await self._known(stream, run)
@@ -574,8 +690,8 @@ class Proxy:
         body: bytes | None,
         stream: str,
         key: str,
-        begin: Callable[[], Awaitable[Passed | RunAnswer | StartedRun]],
-    ) -> Passed | RunAnswer | StartedRun | tuple[str, str]:
+        begin: Callable[[], Awaitable[Opening]],
+    ) -> Opening | tuple[str, str]:
         """One run per key: the first request begins it, the others get the stream and run it led to.
 
         A key whose run the journal does not keep any more is 410 for the rest of its time. Calling upstream
@@ -597,28 +713,33 @@ class Proxy:
         renewing = asyncio.create_task(self._renew(claimed, digest, holder))
         try:
             opened = await begin()
+        except RunEnded as ended:
+            # Stopped before upstream answered: who asks with this key again must not start it anew.
+            led_to = ended.extra["stream"], ended.extra["run"]
+            self._spawn(self._settle(renewing, claimed, holder, *led_to), self._tasks)
+            raise
         except BaseException:
             await self._unclaim(renewing, claimed, holder)
             raise
-        if isinstance(opened, Passed):
+        if isinstance(opened, Passed | PassedWhole):
             await self._unclaim(renewing, claimed, holder)
         else:
-            self._spawn(self._settle(renewing, claimed, holder, opened), self._tasks)
+            self._spawn(self._settle(renewing, claimed, holder, opened.stream, opened.run), self._tasks)
         return opened
 
     async def _settle(
-        self, renewing: asyncio.Task[None], key: str, holder: str, answer: RunAnswer | StartedRun
+        self, renewing: asyncio.Task[None], key: str, holder: str, stream: str, run: str
     ) -> None:
         """Write down where a key led. Until then it stays this request's, and others wait for it."""
         deadline = self._now() + self._settings.journal_deadline_s
         try:
             while True:
                 try:
-                    await self._journal.settle(key, holder, answer.stream, answer.run)
+                    await self._journal.settle(key, holder, stream, run)
                     return
                 except JournalError as error:
                     if self._now() > deadline:
-                        log.warning("an Idempotency-Key could not be settled run=%s: %s", answer.run, error)
+                        log.warning("an Idempotency-Key could not be settled run=%s: %s", run, error)
                         return
                 await asyncio.sleep(CLAIM_POLL_S)
         finally:
@@ -640,7 +761,9 @@ class Proxy:
                 raise KeyReused("This Idempotency-Key was sent before with another body.")
             if call.client_gone():
                 raise ClientGone
-            if self._draining or self._now() > deadline:
+            if self._shut:
+                raise Busy(_SHUTTING_DOWN)
+            if self._now() > deadline:
                 raise Busy("The request that holds this Idempotency-Key is not answered.")
             await asyncio.sleep(CLAIM_POLL_S)
 
@@ -703,19 +826,23 @@ class Proxy:
         return True
 
     async def drain(self) -> None:
-        """Take no new runs, let the open ones finish within the grace, end what is left."""
+        """Take no new requests; let those that were under way, and the open runs, finish within the grace;
+        end what is left."""
         self._draining = True
         until = self._now() + self._settings.drain_grace_s
-        # Again and again: a run whose opening was under way has begun meanwhile.
-        while (under_way := self._tasks | self._openings) and self._now() < until:
+        # Again and again: what was a request, or the opening of a run, has become a run meanwhile.
+        while (under_way := self._tasks | self._openings | self._calls.keys()) and self._now() < until:
             await asyncio.wait(under_way, timeout=until - self._now())
         self._shut = True
         for pump in list(self._pumps.values()):
             pump.stop(_shut_down())
         if self._openings:
             await asyncio.wait(self._openings, timeout=self._settings.journal_timeout_s)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._settings.journal_timeout_s)
+        # Not before: a run that is cut off in its opening would have nobody who ends it.
+        for task in self._calls.values():
+            task.cancel()
+        if under_way := self._tasks | self._calls.keys():
+            await asyncio.wait(under_way, timeout=self._settings.journal_timeout_s)
 
     @staticmethod
     def _spawn(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
@@ -726,6 +853,23 @@ class Proxy:
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
+
+
+def _unanswered(stream: str, info: RunInfo) -> RelayError:
+    """What to say of a run that ended without an answer."""
+    if info.status is Status.CANCELLED:
+        return _stopped(stream, info.run, info.reason)
+    return UpstreamError(info.error or "The run ended before upstream answered.")
+
+
+def _stopped(stream: str, run: str, reason: str) -> RunEnded:
+    text = "The run was ended before upstream answered."
+    return RunEnded(text, stream=stream, run=run, run_status=Status.CANCELLED, reason=reason)
+
+
+def _request_headers(call: Call, *drop: bytes) -> Headers:
+    """A request's headers as upstream gets them."""
+    return end_to_end(call.headers, *_FOR_RELAY, b"expect", b"accept-encoding", *drop)
 
 
 def _valid(name: str) -> str:

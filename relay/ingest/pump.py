@@ -267,10 +267,13 @@ class Pump:
             except Diverged:
                 raise
             except JournalError as error:
-                self._journal_away = True
-                return ending(Reason.JOURNAL_LOST, f"The journal was away for too long: {error}")
+                return self._lost_journal(error)
             self._in_hand, self._in_hand_text, self._kept_head = (), 0, ""
         return end
+
+    def _lost_journal(self, error: JournalError) -> Ending:
+        self._journal_away = True
+        return ending(Reason.JOURNAL_LOST, f"The journal was away for too long: {error}")
 
     async def _end(self, end: Ending) -> None:
         self.unwritten = self._in_hand, end
@@ -343,8 +346,18 @@ class Called(NamedTuple):
     kept_head: str
 
 
+class Whole(NamedTuple):
+    """An answer that is no stream, with its body as it came on the wire."""
+
+    answer: Answer
+    body: bytes
+
+
 class CallingPump(Pump):
-    """A pump whose run began before upstream was called: nobody but the run itself waits for the answer."""
+    """A pump whose run began before upstream was called.
+
+    `awaited` says that a client waits for upstream's answer all the same: `answered` tells it what came.
+    """
 
     def __init__(
         self,
@@ -353,27 +366,52 @@ class CallingPump(Pump):
         dialect: Dialect | None,
         started_at: float,
         frame_max_bytes: int,
+        awaited: bool,
     ) -> None:
         super().__init__(writer, None, None, dialect, started_at)
+        self.answered: asyncio.Future[Called | Whole | UpstreamError | None] = asyncio.Future()
+        """A stream, once the journal knows of it; an answer that is no stream, when it is whole; or why
+        neither can be had. None when the run was over before."""
         self._call = call
         self._frame_max_bytes = frame_max_bytes
+        self._awaited = awaited
 
     @property
     def may_be_abandoned(self) -> bool:
-        """It was asked to go on without a reader."""
-        return False
+        """One that nobody waits for was asked to go on without a reader."""
+        return self._awaited and self._parser is not None and super().may_be_abandoned
+
+    async def run(self) -> None:
+        """As `Pump.run`."""
+        try:
+            await super().run()
+        finally:
+            self._tell(None)
+
+    def _tell(self, what: Called | Whole | UpstreamError | None) -> None:
+        if not self.answered.done():
+            self.answered.set_result(what)
 
     async def _move(self) -> Ending:
         try:
             called = await self._call()
-        except UpstreamSlow as error:
-            return ending(Reason.UPSTREAM_TIMEOUT, error.detail)
         except UpstreamError as error:
-            return ending(Reason.UPSTREAM_ERROR, error.detail)
+            self._tell(error)
+            slow = isinstance(error, UpstreamSlow)
+            return ending(Reason.UPSTREAM_TIMEOUT if slow else Reason.UPSTREAM_ERROR, error.detail)
         self._answer, self._parser, dialect, self._kept_head = called
         if self._parser is None:
             return await self._take_whole(called.answer)
         self.dialect = dialect
+        # Before a client sees the head: who ends the run must know that it has been promised this format. It
+        # is sent again with the first frames, because nothing is held of an append that has none.
+        try:
+            await self.writer.append((), 0, self._dialect_name(), answer=self._kept_head)
+        except Diverged:
+            raise
+        except JournalError as error:
+            return self._lost_journal(error)
+        self._tell(called)
         return await super()._move()
 
     def _error_event(self, end: Ending) -> Event | None:
@@ -383,30 +421,52 @@ class CallingPump(Pump):
     async def _take_whole(self, answer: Answer) -> Ending:
         """An answer that is no stream: one frame if it is a success in text, or the error it tells."""
         is_success = 200 <= answer.status <= 299
-        limit = self._frame_max_bytes if is_success else ERROR_READ_MAX_BYTES
+        limit = self._frame_max_bytes
         body = bytearray()
+        broken: IdleBody | TruncatedBody | TimeoutError | None = None
         try:
             async with asyncio.timeout(None if is_success else FINISH_S):
-                async for data in answer.decoded_body():
+                async for data in answer.body(answer.idle_s):
                     body += data
                     if len(body) > limit:
                         break
         except (IdleBody, TruncatedBody, TimeoutError) as error:
-            if is_success:
-                idle = isinstance(error, IdleBody)
-                return ending(Reason.UPSTREAM_TIMEOUT if idle else Reason.UPSTREAM_TRUNCATED, str(error))
-        text = body.decode(errors="replace")
+            broken = error
+        end = self._end_of_whole(answer, bytes(body), broken, is_success)
+        if broken is None and len(body) <= limit:
+            self._tell(Whole(answer, bytes(body)))
+        else:
+            what = "that broke off" if broken is not None else f"of more than {limit} bytes"
+            self._tell(UpstreamError(f"Upstream answered {answer.status} with a body {what}, and no stream."))
+        return end
+
+    def _end_of_whole(
+        self,
+        answer: Answer,
+        body: bytes,
+        broken: IdleBody | TruncatedBody | TimeoutError | None,
+        is_success: bool,
+    ) -> Ending:
+        limit = self._frame_max_bytes if is_success else ERROR_READ_MAX_BYTES
+        try:
+            data = answer.decoded(body, limit + 1)
+        except TruncatedBody as error:
+            data, broken = b"", broken or error
+        kept_head, self._kept_head = self._kept_head, ""
         if not is_success:
-            self._kept_head = ""
+            text = data[:limit].decode(errors="replace")
             return ending(Reason.UPSTREAM_ERROR, f"Upstream answered {answer.status}: {text}".rstrip(": \n"))
-        too_large = len(body) > limit
+        if broken is not None:
+            idle = isinstance(broken, IdleBody)
+            return ending(Reason.UPSTREAM_TIMEOUT if idle else Reason.UPSTREAM_TRUNCATED, str(broken))
+        too_large = len(data) > limit
         if too_large or not _is_text(answer.media_type):
-            self._kept_head = ""
             what = "more than a frame holds" if too_large else answer.media_type or "something without a type"
             return ending(
                 Reason.UPSTREAM_ERROR, f"Upstream answered {answer.status} with {what}, and no stream."
             )
-        self._in_hand = [Event("", text.encode())]
+        self._kept_head = kept_head
+        self._in_hand = [Event("", data.decode(errors="replace").encode())]
         self._in_hand_text = self.text_bytes = len(self._in_hand[0].data)
         self.dialect = RAW
         return ending(Reason.UPSTREAM_END)

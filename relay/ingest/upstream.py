@@ -153,7 +153,7 @@ class Answer:
             # RFC 9112 section 6.3: a length beside it says nothing.
             self.headers = [(name, value) for name, value in self.headers if name != b"content-length"]
         self._response = response
-        self._idle_s = idle_s or None
+        self.idle_s = idle_s or None
         connection = response.connection
         protocol = None if connection is None else connection.protocol
         self._closed = None if protocol is None else protocol.closed
@@ -201,14 +201,28 @@ class Answer:
         the configured silence."""
         encoding = self.header(b"content-encoding").lower()
         if encoding in ("", "identity"):
-            async for data in self.body(self._idle_s):
+            async for data in self.body(self.idle_s):
                 yield data
             return
         inflater = Inflater(encoding)
-        async for data in self.body(self._idle_s):
+        async for data in self.body(self.idle_s):
             for piece in inflater.feed(data):
                 yield piece
         inflater.close()
+
+    def decoded(self, body: bytes, most_bytes: int) -> bytes:
+        """A body that was read whole, its content coding removed, cut at a size. Raises `TruncatedBody`."""
+        encoding = self.header(b"content-encoding").lower()
+        if encoding in ("", "identity"):
+            return body[:most_bytes]
+        inflater = Inflater(encoding)
+        data = bytearray()
+        for piece in inflater.feed(body):
+            data += piece
+            if len(data) >= most_bytes:
+                return bytes(data[:most_bytes])
+        inflater.close()
+        return bytes(data)
 
     async def finish(self, longest_s: float, max_bytes: int) -> None:
         """Read what still comes and drop it, until upstream has ended by itself or a bound is reached; then

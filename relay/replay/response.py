@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from relay.errors import RelayError
+from relay.errors import RelayError, RunEnded
 from relay.replay.reader import LossUntold, Reader, ReaderEnd, Readers
 
 log = logging.getLogger("relay.reader")
@@ -94,6 +94,9 @@ async def send_problem(error: RelayError, send: Send) -> None:
     ]
     if error.status == 405:
         headers.append((b"allow", error.extra["allow"].encode()))
+    if isinstance(error, RunEnded):
+        # SDKs of the Stainless kind repeat a request at any 409, and would begin anew what was stopped.
+        headers.append((b"x-should-retry", b"false"))
     if error.status == 503:
         headers.append((b"retry-after", b"1"))
     await send_whole(error.status, headers, body, send)

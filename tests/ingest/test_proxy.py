@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gzip
 import hashlib
 import json
+import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 from raw_client import RawAnswer, RawClient
@@ -1033,6 +1036,419 @@ def test_a_wish_that_cannot_be_met_is_refused_and_upstream_closed(
             assert closed.wait(60)
         assert relay.json(f"/relay/v1/streams/{name}")["runs"] == 1
     ask(relay, "POST", f"/relay/v1/streams/{name}/cancel")
+
+
+# --- replaced before upstream is called ----------------------------------------------------------------
+
+
+def unanswered(
+    upstream: ScriptedUpstream, path: str, answer: Callable[[Exchange], Awaitable[None]]
+) -> tuple[Gate, threading.Event]:
+    """An upstream that says nothing until the gate opens. The event is set when it is closed before."""
+    gate, closed = upstream.gate(), threading.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        opened, left = asyncio.ensure_future(gate.wait()), asyncio.ensure_future(exchange.closed())
+        await asyncio.wait((opened, left), return_when=asyncio.FIRST_COMPLETED)
+        if left.done():
+            opened.cancel()
+            closed.set()
+            return
+        left.cancel()
+        await asyncio.wait((left,))
+        await answer(exchange)
+
+    upstream.on(path, handler)
+    return gate, closed
+
+
+async def two_words(exchange: Exchange) -> None:
+    await exchange.stream([b"data: one\n\n", b"data: two\n\n"])
+
+
+def push(relay: RelayProcess, stream: str, *words: str) -> str:
+    """A pushed run, left open; its name."""
+    target = f"/relay/v1/streams/{stream}/runs"
+    started = json.loads(ask(relay, "POST", target).body)
+    for word in words:
+        frames = json.dumps({"data": word}).encode()
+        said = ask(
+            relay, "POST", f"{target}/{started['run']}/frames", f"Relay-Writer: {started['writer']}",
+            "Content-Type: application/json", body=frames,
+        )  # fmt: skip
+        assert said.status == 200
+    return str(started["run"])
+
+
+def journaled(tab: Reading, kind: str) -> list[str]:
+    """What a tab is shown of the journal up to the next control frame of a kind: `type:run`, and data."""
+    seen: list[str] = []
+    while not seen or not seen[-1].startswith(f"{kind}:"):
+        (block,) = tab.take(1)
+        control = block.control
+        if control is None:
+            seen.append(block.data)
+        elif "run" in control:
+            seen.append(f"{control['type']}:{control['run']}")
+    return seen
+
+
+@pytest.mark.parametrize("wish", ["Relay-Supersedes: latest", "Relay-If-Busy: supersede"])
+def test_p7_stop_right_after_a_regenerate_stops_the_new_run_before_upstream_has_answered(
+    relay: RelayProcess, another: RelayProcess, upstream: ScriptedUpstream, name: str, wish: str
+) -> None:
+    """Tabs see the change of runs at once, and the answer that was stopped never comes."""
+    gate, closed = unanswered(upstream, f"/{name}", two_words)
+    old = push(relay, name, "old")
+    request = ("POST", f"/{name}", f"Relay-Stream: {name}", f"Idempotency-Key: {name}", wish)
+    with (
+        Reading(f"{another.url}/relay/v1/streams/{name}/events") as tab,
+        RawClient(relay.port) as client,
+    ):
+        journaled(tab, "run.started")
+        client.request(*request, body=b"{}")
+        seen = journaled(tab, "run.started")
+        new = seen[-1].partition(":")[2]
+        assert seen == ["old", f"run.superseded:{old}", f"run.ended:{old}", f"run.started:{new}"]
+        gate.await_arrival()
+        stopped = json.loads(ask(another, "POST", f"/relay/v1/streams/{name}/cancel").body)
+        assert (stopped["run"], stopped["status"], stopped["reason"]) == (new, "cancelled", "client_cancel")
+        assert closed.wait(60), "upstream works for nobody"
+        answer = client.answer()
+        assert journaled(tab, "run.ended") == [f"run.ended:{new}"]
+    again = ask(relay, *request, body=b"{}")
+    for told in (answer, again):
+        assert (told.status, told.problem["code"]) == (409, "run_ended")
+        assert (told.problem["stream"], told.problem["run"]) == (name, new)
+        assert (told.problem["run_status"], told.problem["reason"]) == ("cancelled", "client_cancel")
+        assert told.header("x-should-retry") == "false"
+    assert upstream.calls(f"/{name}") == 1
+    assert whole_run(another, name).texts == []
+    assert json.loads(ask(relay, "POST", f"/relay/v1/streams/{name}/cancel").body)["run"] is None
+
+
+def test_p7_a_regenerate_is_answered_as_any_other_request_when_upstream_answers(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def answer(exchange: Exchange) -> None:
+        named = (f"Relay-Stream: {name}-other", "X-Mine: 1", "Set-Cookie: a=1", "ETag: x")
+        await exchange.head("203 Mine", "text/event-stream", *named)
+        await exchange.chunk(b"data: one\n\n")
+        await rest.wait()
+        await exchange.chunk(b"data: two\n\n")
+        await exchange.end()
+
+    gate, _ = unanswered(upstream, f"/{name}", answer)
+    rest = upstream.gate()
+    old = push(relay, name, "old")
+    logged = len(relay.log)
+    headers = (f"Relay-Stream: {name}", f"Relay-Supersedes: {old}", f"Idempotency-Key: {name}", "X-Mine: 2")
+    with RawClient(relay.port) as client, RawClient(relay.port) as joiner:
+        client.request("PUT", f"/{name}?q=%20", *headers, body=b"{}")
+        gate.await_arrival()
+        (new,) = relay.json(f"/relay/v1/streams/{name}")["open_runs"]
+        joiner.request("PUT", f"/{name}?q=%20", *headers, body=b"{}")
+        gate.open()
+        read = client.read_until(b"data: one\n\n")
+        cursor = next(line for line in read.decode().split("\n") if line.startswith("id: "))[4:]
+        rest.open()
+        joined = joiner.answer()
+        head, _, body = (read + client.read_until(b"\r\n0\r\n\r\n")).partition(b"\r\n\r\n")
+    lines = head.decode().lower().split("\r\n")
+    assert lines[0].startswith("http/1.1 203")
+    ours = [f"relay-stream: {name}", f"relay-run: {new.lower()}", "relay-frames-after: 0"]
+    assert set(lines) > {"x-mine: 1", "set-cookie: a=1", *ours}
+    assert not any(line.startswith("etag") for line in lines)
+    assert (joined.status, joined.header("relay-run"), joined.whole) == (203, new, True)
+    for whole in (body, joined.body):
+        assert whole.index(b"data: one\n") < whole.index(b"data: two\n")
+    received = upstream.received[-1]
+    assert (received.method, received.target, received.body) == ("PUT", f"/{name}?q=%20", b"{}")
+    assert (received.header("x-mine"), received.header("relay-supersedes")) == ("2", None)
+    assert upstream.calls(f"/{name}") == 1
+    assert whole_run(relay, name, old).outcome == ("cancelled", "superseded")
+    assert whole_run(relay, name, new).outcome == ("completed", "upstream_end")
+    with Reading(f"{relay.url}/elsewhere", Last_Event_ID=cursor) as resumed:
+        assert (resumed.status, resumed.headers["x-mine"]) == (203, "1")
+        assert [frame.data for frame in resumed.frames()] == ["two"]
+    assert relay.get(f"/relay/v1/streams/{name}-other")[0] == 404
+    relay.logged_line(f"{name}-other", since=logged)
+
+
+def test_p7_a_regenerate_that_is_stopped_before_its_first_word_ends_in_the_format_its_head_promised(
+    relay: RelayProcess, another: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    closed = threading.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head()
+        await exchange.closed()
+        closed.set()
+
+    path = f"/{name}/chat/completions"
+    upstream.on(path, handler)
+    push(relay, name)
+    with Reading(f"{relay.url}{path}", "POST", b"{}", Relay_Stream=name, Relay_Supersedes="latest") as page:
+        assert page.status == 200
+        stopped = json.loads(ask(another, "POST", f"/relay/v1/streams/{name}/cancel").body)
+        assert stopped["run"] == page.headers["relay-run"]
+        (last,) = page.frames()
+    assert json.loads(last.data)["error"]["code"] == "client_cancel"
+    assert closed.wait(60)
+
+
+def test_p7_a_client_that_leaves_its_regenerate_before_upstreams_head_does_not_stop_it(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    gate, _ = unanswered(upstream, f"/{name}", two_words)
+    push(relay, name)
+    with RawClient(relay.port) as client:
+        client.request("GET", f"/{name}", f"Relay-Stream: {name}", "Relay-Supersedes: latest")
+        gate.await_arrival()
+    gate.open()
+    record = whole_run(relay, name)
+    assert (record.texts, record.outcome) == (["one", "two"], ("completed", "upstream_end"))
+
+
+def test_p7_a_regenerate_that_nobody_reads_is_abandoned_but_not_before_it_is_answered(
+    small: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def answer(exchange: Exchange) -> None:
+        await exchange.head()
+        await exchange.chunk(b"data: one\n\n")
+        await exchange.closed()
+        left.set()
+
+    left = threading.Event()
+    gate, closed = unanswered(upstream, f"/named/{name}", answer)
+    bystander = endless(upstream, f"/{name}", b"data: one\n\n")
+    with RawClient(small.port) as client:
+        client.request("GET", f"/named/{name}", "Relay-If-Busy: supersede")
+        gate.await_arrival()
+        with Reading(f"{small.url}/{name}") as reading:
+            reading.take(1)
+        assert bystander.wait(60), "it was given up, though it was read later"
+        assert not closed.is_set()
+        gate.open()
+        client.read_until(b"data: one\n\n")
+    assert left.wait(60)
+    record = whole_run(small, name)
+    assert (record.texts, record.outcome) == (["one"], ("cancelled", "abandoned"))
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "outcome", "texts"),
+    [
+        ("401 No", ["Content-Type: application/json", "WWW-Authenticate: Bearer"], b'{"error": "who?"}',
+         ("failed", "upstream_error"), []),
+        ("429 Slow", ["Content-Type: text/plain", "Retry-After: 7", "X-Two: 1", "X-Two: 2"], b"",
+         ("failed", "upstream_error"), []),
+        ("500 Oops", ["Content-Type: text/plain", "Content-Encoding: gzip"], gzip.compress(b"why" * 50_000),
+         ("failed", "upstream_error"), []),
+        ("503 Oops", ["Content-Type: text/event-stream", "ETag: x"], b"data: x\n\n",
+         ("failed", "upstream_error"), []),
+        ("200 OK", ["Content-Type: application/json", "Set-Cookie: a=1"], b'{"a": 1}',
+         ("completed", "upstream_end"), ['{"a": 1}']),
+        ("200 OK", ["Content-Type: text/plain", "Content-Encoding: gzip"], gzip.compress(b"said"),
+         ("completed", "upstream_end"), ["said"]),
+        ("200 OK", ["Content-Type: text/plain", "Content-Encoding: gzip"], gzip.compress(b"x" * 2_000_000),
+         ("failed", "upstream_error"), []),
+        ("200 OK", ["Content-Type: image/png", "Content-Encoding: br"], b"\x89PNG",
+         ("failed", "upstream_truncated"), []),
+        ("204 None", [], b"", ("failed", "upstream_error"), []),
+        ("307 Elsewhere", ["Location: /there"], b"", ("failed", "upstream_error"), []),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("chunked", [False, True])
+def test_p3_an_answer_to_a_regenerate_that_is_no_stream_passes_unchanged_and_ends_the_run(
+    relay: RelayProcess,
+    upstream: ScriptedUpstream,
+    name: str,
+    status: str,
+    headers: list[str],
+    body: bytes,
+    outcome: tuple[str, str],
+    texts: list[str],
+    chunked: bool,
+) -> None:
+    """As without the wish, and the key is free again."""
+
+    async def handler(exchange: Exchange) -> None:
+        framing = "Transfer-Encoding: chunked" if chunked and body else f"Content-Length: {len(body)}"
+        if status.startswith("204"):
+            framing = "X-No: body"
+        await exchange.send("\r\n".join([f"HTTP/1.1 {status}", *headers, framing, "", ""]).encode())
+        if chunked and body:
+            await exchange.chunk(body)
+            await exchange.end()
+        else:
+            await exchange.send(body)
+
+    upstream.on(f"/{name}", handler)
+    plain = ask(relay, "POST", f"/{name}", f"Relay-Stream: {name}", body=b"{}")
+    old = push(relay, name)
+    wishes = (f"Relay-Stream: {name}", "Relay-Supersedes: latest", f"Idempotency-Key: {name}")
+    for times in (2, 3):
+        answer = ask(relay, "POST", f"/{name}", *wishes, body=b"{}")
+        assert answer == plain
+        assert (answer.status, answer.body) == (int(status[:3]), body)
+        assert upstream.calls(f"/{name}") == times
+    assert whole_run(relay, name, old).outcome == ("cancelled", "superseded")
+    record = whole_run(relay, name)
+    assert (record.outcome, record.texts) == (outcome, texts)
+    if status.startswith("401"):
+        assert "who?" in record.ended["error"]
+
+
+@pytest.mark.parametrize(
+    ("status", "size", "sent"),
+    [("200 OK", 2_000_000, 2_000_000), ("500 Oops", 2_000_000, 2_000_000), ("500 Oops", 100, 50)],
+)
+def test_p3_an_answer_to_a_regenerate_that_is_too_large_or_breaks_off_is_told_and_fails_the_run(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str, status: str, size: int, sent: int
+) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.send(f"HTTP/1.1 {status}\r\nContent-Length: {size}\r\n\r\n".encode() + b"x" * sent)
+        exchange.writer.close()
+
+    upstream.on(f"/{name}", handler)
+    answer = ask(relay, "GET", f"/{name}", f"Relay-Stream: {name}", "Relay-If-Busy: supersede")
+    assert (answer.status, answer.problem["code"]) == (502, "upstream_error")
+    assert ("more than" in answer.problem["detail"]) == (sent == size)
+    assert whole_run(relay, name).outcome[0] == "failed"
+
+
+@pytest.mark.parametrize("refused", ["unknown_run", "stream_sealed", "body_too_large", "invalid_name"])
+def test_a_regenerate_that_is_refused_never_reaches_upstream_and_changes_nothing(
+    small: RelayProcess, upstream: ScriptedUpstream, name: str, refused: str
+) -> None:
+    run = push(small, name)
+    stream = name if refused != "invalid_name" else "%40"
+    if refused == "stream_sealed":
+        assert ask(small, "POST", f"/relay/v1/streams/{name}/seal").status == 200
+    before = small.json(f"/relay/v1/streams/{name}")
+    wanted = "nobody" if refused == "unknown_run" else run
+    size = 1001 if refused == "body_too_large" else 1000
+    answer = ask(small, "POST", f"/named/{stream}", f"Relay-Supersedes: {wanted}", body=b"x" * size)
+    assert answer.problem["code"] == refused
+    assert upstream.calls(f"/named/{stream}") == 0
+    assert small.json(f"/relay/v1/streams/{name}") == before
+    assert before["open_runs"] == [run]
+    ask(small, "POST", f"/relay/v1/streams/{name}/cancel")
+
+
+def test_p3_a_regenerate_whose_upstream_cannot_be_reached_or_is_too_slow_is_told_so_and_fails(
+    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str
+) -> None:
+    async def gone(exchange: Exchange) -> None:
+        exchange.writer.close()
+
+    unanswered(upstream, f"/{name}/slow", two_words)
+    upstream.on(f"/{name}/gone", gone)
+    with RelayProcess.start(
+        journal=fresh_journal(), upstream=upstream.url, upstream_header_timeout_s=0.3
+    ) as relay:
+        for path, status, code, reason in (
+            ("slow", 504, "upstream_timeout", "upstream_timeout"),
+            ("gone", 502, "upstream_unreachable", "upstream_error"),
+        ):
+            stream = f"{name}-{path}"
+            old = push(relay, stream)
+            answer = ask(
+                relay, "POST", f"/{name}/{path}", f"Relay-Stream: {stream}", "Relay-Supersedes: latest",
+                body=b"{}",
+            )  # fmt: skip
+            assert (answer.status, answer.problem["code"]) == (status, code)
+            assert whole_run(relay, stream).outcome == ("failed", reason)
+            assert whole_run(relay, stream, old).outcome == ("cancelled", "superseded")
+
+
+def test_head_replaces_nothing(relay: RelayProcess, upstream: ScriptedUpstream, name: str) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+
+    upstream.on(f"/{name}", handler)
+    run = push(relay, name)
+    assert ask(relay, "HEAD", f"/{name}", f"Relay-Stream: {name}", "Relay-Supersedes: latest").status == 200
+    assert relay.json(f"/relay/v1/streams/{name}")["open_runs"] == [run]
+
+
+# --- in flight when relay shuts down -------------------------------------------------------------------
+
+WAITING = [[], ["Relay-Supersedes: latest"], ["Idempotency-Key: k"]]
+
+
+def drained(relay: RelayProcess) -> None:
+    """SIGTERM, and wait until it takes effect."""
+    relay.process.send_signal(signal.SIGTERM)
+    while not relay.json("/relay/v1/diagnostics")["draining"]:
+        pass
+
+
+def test_p7_requests_in_flight_when_relay_shuts_down_become_runs_and_have_the_grace(
+    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str
+) -> None:
+    """In the midst of the grace: the answers' heads come, then their frames."""
+    journal, rest = fresh_journal(), upstream.gate()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.head()
+        await exchange.chunk(b"data: one\n\n")
+        await rest.wait()
+        await exchange.chunk(b"data: two\n\n")
+        await exchange.end()
+
+    gate, _ = unanswered(upstream, f"/{name}", answer)
+    with (
+        RelayProcess.start(journal=journal, upstream=upstream.url, drain_grace_s=60) as relay,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(RawClient(relay.port)) for _ in WAITING]
+        for number, (client, headers) in enumerate(zip(clients, WAITING, strict=True)):
+            stream = f"{name}-{number}"
+            push(relay, stream)
+            client.request("POST", f"/{name}", f"Relay-Stream: {stream}", *headers, body=b"{}")
+            gate.await_arrival()
+        drained(relay)
+        refused = ask(relay, "POST", f"/{name}", body=b"{}")
+        assert (refused.status, refused.problem["code"]) == (503, "busy")
+        assert "shutting down" in refused.problem["detail"]
+        gate.open()
+        for client in clients:
+            client.read_until(b"data: one\n\n")
+        rest.open()
+        for client in clients:
+            assert b"data: two\n" in client.read_until(b"\r\n0\r\n\r\n")
+        relay.process.wait(60)
+    with RelayProcess.start(journal=journal) as relay:
+        for number in range(len(WAITING)):
+            record = whole_run(relay, f"{name}-{number}")
+            assert (record.texts, record.outcome) == (["one", "two"], ("completed", "upstream_end"))
+
+
+def test_requests_in_flight_that_outlast_the_grace_are_told_that_relay_shuts_down(
+    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str
+) -> None:
+    gate, _ = unanswered(upstream, f"/{name}", two_words)
+    with (
+        RelayProcess.start(
+            journal=fresh_journal(), upstream=upstream.url, drain_grace_s=0.2, open_runs_max=10
+        ) as relay,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(RawClient(relay.port)) for _ in WAITING]
+        for number, (client, headers) in enumerate(zip(clients, WAITING, strict=True)):
+            stream = f"{name}-{number}"
+            push(relay, stream)
+            client.request("POST", f"/{name}", f"Relay-Stream: {stream}", *headers, body=b"{}")
+            gate.await_arrival()
+        relay.process.send_signal(signal.SIGTERM)
+        for client in clients:
+            answer = client.answer()
+            assert (answer.status, answer.problem["code"]) == (503, "busy")
+            assert "shutting down" in answer.problem["detail"]
+        relay.process.wait(60)
+        assert relay.process.returncode == 0
 
 
 # --- answered before upstream is called ----------------------------------------------------------------
