@@ -643,6 +643,21 @@ class Client:
             or (self.position is not None and any(self._is_lost(state) for state in states))
         )
 
+    # Around a failover
+
+    def has_everything_of(self, stream: Stream) -> bool:
+        """Whether it is connected and was shown all there is."""
+        position, state = self.position, self.stream.now
+        if self.stream is not stream or position is None or not self.connected or self.gone:
+            return False
+        return position.within(state) and not state.remains(self.shown, position.seq)
+
+    def check_untold(self, so_far: int) -> None:
+        """It was not told of any loss since its log was so long."""
+        for entry in self.log[so_far:]:
+            if entry.startswith(("gap", "reset")) or entry.endswith("broken off True"):
+                self._fail(f"nothing was lost, and it heard: {entry}")
+
     # At quiescence
 
     @property

@@ -90,7 +90,7 @@ STEPS: dict[str, tuple[int, st.SearchStrategy[tuple[Any, ...]]]] = {
     "save": (3, st.tuples(STREAMS)),
     "rewind": (1, st.tuples(PICK, st.booleans(), HURRY)),
     "fork": (4, st.tuples(PICK, st.sampled_from(("rewind", "rewind", "rewind", "recreate")), BATCHES, HURRY)),
-    "fail_over": (3, st.tuples(PICK, BATCHES, ENDINGS, st.booleans(), HURRY)),
+    "fail_over": (4, st.tuples(PICK, BATCHES, ENDINGS, st.booleans(), HURRY)),
     "restart": (2, st.tuples(st.booleans())),
     "break_something": (4, st.tuples(st.sampled_from(("hints", "reads", "failures")), st.integers(1, 3))),
     "doubt": (3, st.tuples(STREAMS, st.booleans())),
@@ -128,7 +128,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(
         pages=st.sampled_from((1, 2, 3, 1000)),
         ring=st.sampled_from((3, 6, 4096)),
-        grace=st.sampled_from((0.0, 5.0)),
+        grace=st.sampled_from((0.0, 5.0, 5.0)),
         company=st.sampled_from((0, 0, 1, 2)),
         retention=RETENTIONS,
         wishes=st.tuples(WISHES, WISHES),

@@ -14,7 +14,7 @@ from model.world import Backend, RedisBackend, SqliteBackend
 from redis_server import RedisServer
 
 SLICE = settings(
-    max_examples=50,
+    max_examples=60,
     stateful_step_count=40,
     derandomize=True,
     deadline=None,

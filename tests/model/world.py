@@ -844,6 +844,7 @@ class World:
         that are just being answered: relay reads for them what is there."""
         if not self.saved or not self.backend.rewinds_live or not self._settings.rewind_grace_s:
             return
+        self.settle()
         stream, (then,), saved = self.saved[number % len(self.saved)]
         assert stream is not None
         lost = self._can_be_put_back(stream.now, then)
@@ -851,6 +852,7 @@ class World:
         if not lost or answering or self.journal.holds_reads or self.journal.failures:
             return
         self._missed = True
+        served = [(client, len(client.log)) for client in self.clients if client.has_everything_of(stream)]
         tokens = [run.token for state in stream.states for run in state.runs.values()]
         self.backend.restore(stream.name, list(set(tokens)), saved)
         self.journal.replaced_at = self.loop.time()
@@ -869,6 +871,9 @@ class World:
                 self._do(self.inner.restore(opening, held))
         self._become(stream, replace(stream.now, earliest=then.earliest if then.exists else 1).retained())
         self.check_journal()
+        self.settle()
+        for client, so_far in served:
+            client.check_untold(so_far)
 
     @staticmethod
     def _can_be_put_back(now: State, then: State) -> list[Node]:
