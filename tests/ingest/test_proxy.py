@@ -10,14 +10,25 @@ import json
 import signal
 import threading
 import zlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from raw_client import RawAnswer, RawClient
 from reading import Reading
+from redis_server import RedisServer
 from relay_process import RelayProcess
+from rewinding import rewinding
 from run_record import run_of, whole_run
 from scripted_upstream import Exchange, Gate, ScriptedUpstream
+
+from relay.errors import JournalUnavailable
+from relay.ingest.owned import OwnedRuns
+from relay.ingest.proxy import Call, Passed, Proxy, RunAnswer
+from relay.ingest.upstream import Upstream
+from relay.journal.base import Opened, RunOpening
+from relay.settings import Settings
 
 
 def ask(relay: RelayProcess, method: str, target: str, *headers: str, body: bytes = b"") -> RawAnswer:
@@ -1210,30 +1221,92 @@ def test_p7_a_client_that_leaves_its_regenerate_before_upstreams_head_does_not_s
     assert (record.texts, record.outcome) == (["one", "two"], ("completed", "upstream_end"))
 
 
+@contextlib.asynccontextmanager
+async def proxy_of(
+    journal: Any, owned: OwnedRuns, settings: Settings, upstream: ScriptedUpstream
+) -> AsyncIterator[Proxy]:
+    """A proxy in this process; its streams have no readers."""
+    backend = Upstream(upstream.url, settings)
+    await backend.start()
+    proxy = Proxy(backend, journal, settings, owned, lambda stream: 0, lambda *_: None)
+    yield proxy
+    await proxy.drain()
+    await backend.close()
+
+
+def replacing(name: str) -> Call:
+    """A request that replaces what is open in its stream."""
+    headers = [(b"relay-stream", name.encode()), (b"relay-if-busy", b"supersede")]
+    return Call("GET", f"/{name}", f"/{name}", headers, None, "127.0.0.1", lambda: False)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
 def test_p7_a_regenerate_that_nobody_reads_is_abandoned_but_not_before_it_is_answered(
-    small: RelayProcess, upstream: ScriptedUpstream, name: str
+    kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
 ) -> None:
     async def answer(exchange: Exchange) -> None:
         await exchange.head()
-        await exchange.chunk(b"data: one\n\n")
         await exchange.closed()
-        left.set()
 
-    left = threading.Event()
-    gate, closed = unanswered(upstream, f"/named/{name}", answer)
-    bystander = endless(upstream, f"/{name}", b"data: one\n\n")
-    with RawClient(small.port) as client:
-        client.request("GET", f"/named/{name}", "Relay-If-Busy: supersede")
-        gate.await_arrival()
-        with Reading(f"{small.url}/{name}") as reading:
-            reading.take(1)
-        assert bystander.wait(60), "it was given up, though it was read later"
-        assert not closed.is_set()
-        gate.open()
-        client.read_until(b"data: one\n\n")
-    assert left.wait(60)
-    record = whole_run(small, name)
-    assert (record.texts, record.outcome) == (["one"], ("cancelled", "abandoned"))
+    async def check() -> None:
+        settings = Settings(abandon_s=0.001, drain_grace_s=0)
+        owned = OwnedRuns(settings, lambda *_: None)
+        gate, _ = unanswered(upstream, f"/{name}", answer)
+        async with (
+            rewinding(kind, tmp_path, redis_server, owned) as journal,
+            proxy_of(journal, owned, settings, upstream) as proxy,
+        ):
+            opening = asyncio.create_task(proxy.open(replacing(name)))
+            await asyncio.to_thread(gate.await_arrival)
+            (pump,) = proxy.pumps
+            pump.read_at -= 1000
+            await proxy.visit()
+            gate.open()
+            answered = await opening
+            assert isinstance(answered, RunAnswer), "nobody could have read it"
+            async with asyncio.timeout(60):
+                while proxy.pumps:
+                    await proxy.visit()
+                    await asyncio.sleep(0.005)
+            assert (await journal.run(name, answered.run)).reason == "abandoned"
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+@pytest.mark.parametrize("journal_down", ["fail", "passthrough"])
+def test_a_regenerate_reaches_upstream_without_the_journal_only_where_the_setting_says_so(
+    kind: str,
+    journal_down: str,
+    tmp_path: Path,
+    redis_server: RedisServer,
+    upstream: ScriptedUpstream,
+    name: str,
+) -> None:
+    async def away(opening: RunOpening) -> Opened:
+        raise JournalUnavailable("away")
+
+    async def check() -> None:
+        upstream.on_stream(f"/{name}", [b"data: one\n\n"])
+        settings = Settings(journal_down=journal_down, drain_grace_s=0)
+        owned = OwnedRuns(settings, lambda *_: None)
+        async with (
+            rewinding(kind, tmp_path, redis_server, owned) as journal,
+            proxy_of(journal, owned, settings, upstream) as proxy,
+        ):
+            journal.inner.open_run = away
+            if journal_down == "fail":
+                with pytest.raises(JournalUnavailable):
+                    await proxy.open(replacing(name))
+                assert upstream.calls(f"/{name}") == 0
+                return
+            passed = await proxy.open(replacing(name))
+            assert isinstance(passed, Passed)
+            assert (b"relay-journal", b"down") in passed.headers
+            assert b"".join([data async for data in passed.answer.body()]) == b"data: one\n\n"
+            passed.answer.close()
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize(
