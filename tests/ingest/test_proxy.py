@@ -23,7 +23,7 @@ from rewinding import rewinding
 from run_record import run_of, whole_run
 from scripted_upstream import Exchange, Gate, ScriptedUpstream
 
-from relay.errors import JournalUnavailable
+from relay.errors import Busy, JournalUnavailable
 from relay.ingest.owned import OwnedRuns
 from relay.ingest.proxy import Call, Passed, Proxy, RunAnswer
 from relay.ingest.upstream import Upstream
@@ -1234,9 +1234,9 @@ async def proxy_of(
     await backend.close()
 
 
-def replacing(name: str) -> Call:
-    """A request that replaces what is open in its stream."""
-    headers = [(b"relay-stream", name.encode()), (b"relay-if-busy", b"supersede")]
+def asking(name: str, if_busy: str = "supersede") -> Call:
+    """A request for a stream of that name."""
+    headers = [(b"relay-stream", name.encode()), (b"relay-if-busy", if_busy.encode())]
     return Call("GET", f"/{name}", f"/{name}", headers, None, "127.0.0.1", lambda: False)
 
 
@@ -1256,7 +1256,7 @@ def test_p7_a_regenerate_that_nobody_reads_is_abandoned_but_not_before_it_is_ans
             rewinding(kind, tmp_path, redis_server, owned) as journal,
             proxy_of(journal, owned, settings, upstream) as proxy,
         ):
-            opening = asyncio.create_task(proxy.open(replacing(name)))
+            opening = asyncio.create_task(proxy.open(asking(name)))
             await asyncio.to_thread(gate.await_arrival)
             (pump,) = proxy.pumps
             pump.read_at -= 1000
@@ -1297,10 +1297,10 @@ def test_a_regenerate_reaches_upstream_without_the_journal_only_where_the_settin
             journal.inner.open_run = away
             if journal_down == "fail":
                 with pytest.raises(JournalUnavailable):
-                    await proxy.open(replacing(name))
+                    await proxy.open(asking(name))
                 assert upstream.calls(f"/{name}") == 0
                 return
-            passed = await proxy.open(replacing(name))
+            passed = await proxy.open(asking(name))
             assert isinstance(passed, Passed)
             assert (b"relay-journal", b"down") in passed.headers
             assert b"".join([data async for data in passed.answer.body()]) == b"data: one\n\n"
@@ -1348,8 +1348,6 @@ def test_p3_an_answer_to_a_regenerate_that_is_no_stream_passes_unchanged_and_end
 
     async def handler(exchange: Exchange) -> None:
         framing = "Transfer-Encoding: chunked" if chunked and body else f"Content-Length: {len(body)}"
-        if status.startswith("204"):
-            framing = "X-No: body"
         await exchange.send("\r\n".join([f"HTTP/1.1 {status}", *headers, framing, "", ""]).encode())
         if chunked and body:
             await exchange.chunk(body)
@@ -1448,20 +1446,14 @@ def test_head_replaces_nothing(relay: RelayProcess, upstream: ScriptedUpstream, 
 
 # --- in flight when relay shuts down -------------------------------------------------------------------
 
-WAITING = [[], ["Relay-Supersedes: latest"], ["Idempotency-Key: k"]]
+WAITING = pytest.mark.parametrize("wish", ["X-No: wish", "Relay-Supersedes: latest", "Idempotency-Key: k"])
 
 
-def drained(relay: RelayProcess) -> None:
-    """SIGTERM, and wait until it takes effect."""
-    relay.process.send_signal(signal.SIGTERM)
-    while not relay.json("/relay/v1/diagnostics")["draining"]:
-        pass
-
-
-def test_p7_requests_in_flight_when_relay_shuts_down_become_runs_and_have_the_grace(
-    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str
+@WAITING
+def test_p7_a_request_in_flight_when_relay_shuts_down_becomes_a_run_and_has_the_grace(
+    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str, wish: str
 ) -> None:
-    """In the midst of the grace: the answers' heads come, then their frames."""
+    """In the midst of the grace upstream's head comes, then its frames."""
     journal, rest = fresh_journal(), upstream.gate()
 
     async def answer(exchange: Exchange) -> None:
@@ -1472,56 +1464,68 @@ def test_p7_requests_in_flight_when_relay_shuts_down_become_runs_and_have_the_gr
         await exchange.end()
 
     gate, _ = unanswered(upstream, f"/{name}", answer)
-    with (
-        RelayProcess.start(journal=journal, upstream=upstream.url, drain_grace_s=60) as relay,
-        contextlib.ExitStack() as stack,
-    ):
-        clients = [stack.enter_context(RawClient(relay.port)) for _ in WAITING]
-        for number, (client, headers) in enumerate(zip(clients, WAITING, strict=True)):
-            stream = f"{name}-{number}"
-            push(relay, stream)
-            client.request("POST", f"/{name}", f"Relay-Stream: {stream}", *headers, body=b"{}")
+    with RelayProcess.start(journal=journal, upstream=upstream.url, drain_grace_s=60) as relay:
+        with RawClient(relay.port) as client:
+            push(relay, name)
+            client.request("POST", f"/{name}", f"Relay-Stream: {name}", wish, body=b"{}")
             gate.await_arrival()
-        drained(relay)
-        refused = ask(relay, "POST", f"/{name}", body=b"{}")
-        assert (refused.status, refused.problem["code"]) == (503, "busy")
-        assert "shutting down" in refused.problem["detail"]
-        gate.open()
-        for client in clients:
+            relay.process.send_signal(signal.SIGTERM)
+            while not relay.json("/relay/v1/diagnostics")["draining"]:
+                pass
+            refused = ask(relay, "POST", f"/{name}", body=b"{}")
+            assert (refused.status, refused.problem["code"]) == (503, "busy")
+            assert "shutting down" in refused.problem["detail"]
+            gate.open()
             client.read_until(b"data: one\n\n")
-        rest.open()
-        for client in clients:
+            rest.open()
             assert b"data: two\n" in client.read_until(b"\r\n0\r\n\r\n")
         relay.process.wait(60)
     with RelayProcess.start(journal=journal) as relay:
-        for number in range(len(WAITING)):
-            record = whole_run(relay, f"{name}-{number}")
-            assert (record.texts, record.outcome) == (["one", "two"], ("completed", "upstream_end"))
+        record = whole_run(relay, name)
+    assert (record.texts, record.outcome) == (["one", "two"], ("completed", "upstream_end"))
 
 
-def test_requests_in_flight_that_outlast_the_grace_are_told_that_relay_shuts_down(
-    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str
+@WAITING
+def test_a_request_in_flight_that_outlasts_the_grace_is_told_that_relay_shuts_down(
+    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str, wish: str
 ) -> None:
-    gate, _ = unanswered(upstream, f"/{name}", two_words)
-    with (
-        RelayProcess.start(
-            journal=fresh_journal(), upstream=upstream.url, drain_grace_s=0.2, open_runs_max=10
-        ) as relay,
-        contextlib.ExitStack() as stack,
-    ):
-        clients = [stack.enter_context(RawClient(relay.port)) for _ in WAITING]
-        for number, (client, headers) in enumerate(zip(clients, WAITING, strict=True)):
-            stream = f"{name}-{number}"
-            push(relay, stream)
-            client.request("POST", f"/{name}", f"Relay-Stream: {stream}", *headers, body=b"{}")
+    gate, closed = unanswered(upstream, f"/{name}", two_words)
+    with RelayProcess.start(journal=fresh_journal(), upstream=upstream.url, drain_grace_s=0.2) as relay:
+        with RawClient(relay.port) as client:
+            client.request("POST", f"/{name}", f"Relay-Stream: {name}", wish, body=b"{}")
             gate.await_arrival()
-        relay.process.send_signal(signal.SIGTERM)
-        for client in clients:
+            relay.process.send_signal(signal.SIGTERM)
             answer = client.answer()
             assert (answer.status, answer.problem["code"]) == (503, "busy")
             assert "shutting down" in answer.problem["detail"]
         relay.process.wait(60)
         assert relay.process.returncode == 0
+    assert closed.wait(60)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+@pytest.mark.parametrize("if_busy", ["allow", "supersede"])
+def test_when_the_grace_is_over_nobody_waits_for_upstream_any_more(
+    kind: str, if_busy: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    """Not only when the server breaks off what is left."""
+
+    async def check() -> None:
+        settings = Settings(drain_grace_s=0)
+        owned = OwnedRuns(settings, lambda *_: None)
+        gate, _ = unanswered(upstream, f"/{name}", two_words)
+        async with (
+            rewinding(kind, tmp_path, redis_server, owned) as journal,
+            proxy_of(journal, owned, settings, upstream) as proxy,
+        ):
+            opening = asyncio.create_task(proxy.open(asking(name, if_busy)))
+            await asyncio.to_thread(gate.await_arrival)
+            await proxy.drain()
+            assert opening.done()
+            with pytest.raises(Busy, match="shutting down"):
+                await opening
+
+    asyncio.run(check())
 
 
 # --- answered before upstream is called ----------------------------------------------------------------
