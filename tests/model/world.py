@@ -859,7 +859,8 @@ class World:
         if slowly:  # relay's links broke, and it looks at what there is, again and again; so do clients
             self.inside(lambda: self.app.tails.on_doubt(stream.name))
             for client in list(self.gone_clients()):
-                if client.stream is stream and client.position and self.choice.random() < 0.5:
+                # Who has less than the journal is served from that, and may be told that this is all.
+                if client.stream is stream and client.position and client.position.seq > then.top:
                     self.connect(client)
             self.pass_time(0.3)
             self.pass_time(0.6)
