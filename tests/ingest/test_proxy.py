@@ -1331,6 +1331,7 @@ def test_a_regenerate_reaches_upstream_without_the_journal_only_where_the_settin
         ("204 None", [], b"", ("failed", "upstream_error"), []),
         ("307 Elsewhere", ["Location: /there"], b"", ("failed", "upstream_error"), []),
     ],
+    ids=["401", "429", "500 coded", "503", "200", "200 coded", "too large", "unreadable", "204", "307"],
 )  # fmt: skip
 @pytest.mark.parametrize("chunked", [False, True])
 def test_p3_an_answer_to_a_regenerate_that_is_no_stream_passes_unchanged_and_ends_the_run(
