@@ -271,7 +271,8 @@ class Reader:
                 frames = (await self._tails.journal.read(self.stream, extent.before_earliest, 1, 1)).frames
             except (JournalError, UnknownStream):
                 return None
-        return str(frames[0].id) if frames else None
+        # It may have been trimmed since the page was read: then nothing is said, rather than of two times.
+        return str(frames[0].id) if frames and frames[0].seq == extent.earliest_seq else None
 
     async def _say_live(self, write: Write) -> bool:
         """Say once that replay has caught up; True when it was said now, and there may be news since."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import random
 import shutil
@@ -880,8 +879,10 @@ class World:
     def _can_be_put_back(now: State, then: State) -> list[Node]:
         """The frames after a former state, oldest first; none where more changed than they can tell."""
         lost = list(now.path())
-        if then.exists:
-            lost = list(itertools.takewhile(lambda node: node is not then.head, lost))
+        if then.head is not None:
+            if then.head not in lost:
+                return []
+            lost = lost[: lost.index(then.head)]
         changed = any(
             (run.writer, run.owner) != (now.runs[name].writer, now.runs[name].owner)
             for name, run in then.runs.items()
