@@ -7,9 +7,10 @@ from typing import Any, ClassVar, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from model.backends import Backend
 from model.client import Wish
 from model.plain_list import Stream
-from model.world import Backend, World
+from model.world import World
 
 from relay.frame import Event
 from relay.lifecycle import Reason, ending

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
+from model.backends import Backend, RedisBackend, SqliteBackend
 from model.machine import Machine
-from model.world import Backend, RedisBackend, SqliteBackend
 from redis_server import RedisServer
 
 

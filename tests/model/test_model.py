@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
+from model.backends import Backend, RedisBackend, SqliteBackend
 from model.machine import Machine
-from model.world import Backend, RedisBackend, SqliteBackend
 from redis_server import RedisServer
 
 SLICE = settings(
