@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from producing import LongBody, Producer
 from reading import Block, Reading
 from relay_process import RelayProcess
 from scenarios.acting import DONE, cancel, chunk_of, events_of, rest_of, text_of, transcript
-from scenarios.conftest import LEASED, Receiver
+from scenarios.conftest import DEADLINE_S, LEASED, Receiver
 from scripted_upstream import Exchange, ScriptedUpstream
 from tcp_proxy import TcpProxy
 
@@ -286,3 +287,29 @@ def test_text_delivered_to_the_user_but_missing_from_the_saved_session(
         (entry,) = [entry for entry in ended if entry["run"] == told.run]
         assert (entry["stream"], entry["status"], entry["reason"]) == (scene.name, STATUS_OF[reason], reason)
         assert entry["error"] == kept["error"]
+
+
+def test_p3_a_transcript_is_handed_over_though_the_first_tries_fail_and_relay_is_killed_before_the_next(
+    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, receiver: Receiver, name: str
+) -> None:
+    """Between the ending and its delivery the process dies; the next one on that journal delivers."""
+    tried = threading.Event()
+
+    async def refuse(exchange: Exchange) -> None:
+        tried.set()
+        await exchange.answer("500 Internal Server Error", b"")
+
+    upstream.on(f"/{name}-receiver", refuse)
+    journal = fresh_journal()
+    refused = receiver.settings | {"webhook_url": f"{upstream.url}/{name}-receiver"}
+    with RelayProcess.start(journal=journal, **refused) as relay:
+        producer = Producer(relay, name)
+        producer.push("what was said", end="completed")
+        assert tried.wait(DEADLINE_S)
+        relay.logged_line(f"run={producer.run} tries=1 again_s")
+        Producer(relay, name)  # written behind the note that the try failed
+        relay.kill()
+    with RelayProcess.start(journal=journal, **receiver.settings) as relay:
+        handed_over = receiver.handed_over(producer.run)
+        assert handed_over == transcript(relay, name, producer.run)
+    assert handed_over["text"] == "what was said"
