@@ -278,10 +278,11 @@ class Link:
 
     async def close(self) -> None:
         """End the connection, and open no other."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
-            self._keeper = None
+        keeper, self._keeper = self._keeper, None
+        while keeper is not None and not keeper.done():
+            # Again, if need be: opening a connection may take a cancellation for its own timeout.
+            keeper.cancel()
+            await asyncio.wait([keeper], timeout=CANCEL_AGAIN_S)
 
     async def _keep(self) -> None:
         backoff_s = RECONNECT_FIRST_S
@@ -339,6 +340,10 @@ class Link:
 
     def _on_reply(self, reply: Any) -> None:
         raise NotImplementedError
+
+
+CANCEL_AGAIN_S = 0.1
+"""Pause before a task that did not heed its cancellation is cancelled once more."""
 
 
 class _Call:
@@ -400,6 +405,8 @@ class Lane(Link):
 
     def _send(self) -> None:
         self._send_scheduled = False
+        if self._wire is not None and self._wire.transport.is_closing():
+            self.leave()  # it ended, and has not said so yet: what waits is for the next one
         while self._wire is not None and self._waiting and len(self._sent) < BATCHES_IN_FLIGHT_MAX:
             calls: deque[_Call] = deque()
             packed: list[bytes] = []

@@ -349,3 +349,31 @@ def test_wishes_of_one_moment_end_in_the_last_one(redis_server: RedisServer) -> 
         await link.close()
 
     asyncio.run(scenario())
+
+
+def test_a_link_closes_though_a_cancellation_was_taken_for_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Opening a connection may swallow one; the link must not live on, or relay does not stop."""
+
+    async def test() -> None:
+        swallowed = asyncio.Event()
+
+        async def connect(role: str, timeout_s: float) -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if swallowed.is_set():
+                    raise
+                swallowed.set()
+                raise TimeoutError from None
+
+        address = Address("redis://127.0.0.1:1/0")
+        monkeypatch.setattr(address, "connect", connect)
+        lane = Lane(address, "write", 0.01)
+        with pytest.raises(TimeoutError):
+            await lane.open()
+        await asyncio.wait_for(lane.close(), 30)
+        assert swallowed.is_set()
+
+    asyncio.run(test())
