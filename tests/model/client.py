@@ -579,7 +579,10 @@ class Client:
 
     def _just_ended(self, states: list[State]) -> bool:
         """Whether a run that was current ended, with nothing to show, while relay looked at it."""
-        after = self.position.seq if self.position else 0
+        if self.position:
+            after = self.position.seq
+        else:
+            after = max(state.top for state in states) if self.wish.after == "tail" else 0
         names = {state.open_runs()[-1] for state in states if state.open_runs()}
         return self.wish.run == "current" and any(
             name in state.runs
