@@ -20,6 +20,11 @@ PROMISED = {
         ["p50_ms", "p99_ms", "relay CPU"],
     ),
     "b4": ("relay on Redis", {"frames_per_s", "cpu_us", "redis_us"}, ["relay on Redis against"]),
+    "b6": (
+        "relay, batches of 100, 4 connections",
+        {"frames_per_s", "cpu_us", "redis_us", "redis_calls", "frames_per_append", "producers_cpu"},
+        ["batches, frames/s", "bodies, frames/s"],
+    ),
     "b7": ("relay", {"rss_growth_mib", "redis_buffers_mib", "cut"}, ["relay's RSS", "Redis's client"]),
     "b8": ("relay on SQLite", {"p50_ms", "p99_ms", "added_p99_ms"}, ["added at p99", "added at p99"]),
 }
