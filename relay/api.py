@@ -411,10 +411,11 @@ class News:
         self._news: asyncio.Future[None] | None = None
         self._given_up = False
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         """There is news of the stream."""
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
+        return False
 
     def give_up(self) -> None:
         """Nobody waits any more."""

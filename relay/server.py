@@ -25,6 +25,20 @@ REFUSED_LINGER_S = 1.0
 client would lose the answer (RFC 9112 section 9.6)."""
 
 
+_last_chunk = (b"", b"")
+
+
+def in_chunk(data: bytes) -> bytes:
+    """Data in the chunked transfer coding. Readers of one stream are written the same one after the other, so
+    that of the last one serves them all."""
+    global _last_chunk
+    last, coded = _last_chunk
+    if data is not last:
+        coded = b"%x\r\n%b\r\n" % (len(data), data)
+        _last_chunk = data, coded
+    return coded
+
+
 class Exchange:
     """One request on a connection: what its response needs to know and do beyond ASGI.
 
@@ -58,6 +72,26 @@ class Exchange:
         self._on_lost = callback
         if callback is not None and self.lost:
             self._protocol.loop.call_soon(callback)
+
+    @property
+    def writable(self) -> bool:
+        """Whether the connection takes what is written, without holding it for long."""
+        return not self._protocol.flow.write_paused
+
+    async def until_writable(self) -> None:
+        """Wait for it; returns at once when the client is gone."""
+        await self._protocol.flow.drain()
+
+    def write(self, data: bytes) -> None:
+        """A piece of the body of a response whose head was sent, which ends as any other. Not empty."""
+        cycle = self.cycle
+        if cycle.disconnected:
+            return
+        if cycle.chunked_encoding:
+            data = in_chunk(data)
+        elif cycle.scope["method"] == "HEAD":
+            return
+        self._protocol.transport.write(data)
 
     def abort(self) -> None:
         """Break the connection at once; what was not sent is dropped."""

@@ -1,7 +1,9 @@
 """A reader: one cursor that moves through a stream, from the journal's pages into the tail.
 
 There is no handover between replay and live. Each turn of the loop asks the tail for what comes after the
-cursor, and the journal where the tail does not hold it; waiting happens only when neither has anything.
+cursor, and the journal where the tail does not hold it; waiting happens only when neither has anything. While
+a reader that waits has nothing else to do than to pass on what the tail has next, it does so when the tail
+wakes it, and its task sleeps on.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from enum import StrEnum
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from relay.cursor import Cursor, Standing, judge
 from relay.errors import CursorGone, JournalError, ResumeUnknown, UnknownRun, UnknownStream
@@ -20,12 +22,23 @@ from relay.replay.tail import WRITE_MAX_BYTES, Patience, Tail, Tails
 from relay.replay.view import Chunk, View, chunk
 from relay.sse import encode_wire
 
-Write = Callable[[bytes], Awaitable[None]]
-
 Found = TypeVar("Found")
 
 JOURNAL_RETRY_S = 0.25
 """Pause of a reader whose journal is away."""
+
+
+class Sink(Protocol):
+    """Where a reader's bytes go."""
+
+    writable: bool
+    """Whether what was written before is taken. Who writes all the same holds more for a client that is slow."""
+
+    async def until_writable(self) -> None:
+        """Wait for it; returns at once when the client is gone."""
+
+    def write(self, data: bytes) -> None:
+        """Send some; dropped when the client is gone."""
 
 
 class ReaderEnd(StrEnum):
@@ -81,6 +94,7 @@ class Reader:
         self._connected = False
         self._leaving: ReaderEnd | None = None
         self._sleep: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
         self._patience = Patience(tails)
 
     @property
@@ -90,10 +104,14 @@ class Reader:
 
     # From outside
 
-    def wake(self) -> None:
-        """There may be something to do."""
-        if self._sleep is not None and not self._sleep.done():
-            self._sleep.set_result(None)
+    def wake(self) -> bool:
+        """There may be something to do. Whether it is done already, and the reader waits on."""
+        if self._sleep is None or self._sleep.done():
+            return False
+        if self._follow():
+            return True
+        self._sleep.set_result(None)
+        return False
 
     def leave(self, end: ReaderEnd) -> None:
         """End as soon as the write under way is over."""
@@ -103,28 +121,54 @@ class Reader:
 
     # The loop
 
-    async def run(self, write: Write) -> ReaderEnd:
-        """Write everything from the cursor on until an end; `write` gets one batch at a time."""
+    async def run(self, sink: Sink) -> ReaderEnd:
+        """Write everything from the cursor on until an end."""
         tail = self._tail = self._tails.acquire(self.stream)
         self._generation = tail.generation
+        self._sink = sink
         try:
-            end = await self._serve(tail, write)
-            await self._say_goodbye(end, write)
+            end = await self._serve(tail, sink)
+            self._say_goodbye(end)
+            await self._until_taken(sink)
         finally:
             self._tails.release(tail, self)
         return end
 
-    async def _serve(self, tail: Tail, write: Write) -> ReaderEnd:
+    def _follow(self) -> bool:
+        """Pass on what the tail has next, if there is nothing else to do then than to wait on."""
+        tail, sink = self._tail, self._sink
+        assert tail is not None
+        assert sink is not None
+        if (
+            not self._told_live
+            or self._leaving is not None
+            or self.heartbeat_due
+            or self._ended_at is not None
+            or self._run_unsure
+            or tail.generation != self._generation
+        ):
+            return False
+        found = tail.next_chunk(self.view, self.position)
+        if found is None or found.terminal is not None:
+            return False
+        if found.data:
+            sink.write(found.data)
+            self.written_at = tail.active_at
+        self.position = found.last
+        return found.last == tail.top and sink.writable and not tail.deleted and not tail.finished
+
+    async def _serve(self, tail: Tail, sink: Sink) -> ReaderEnd:
         if self._page is not None:
-            await self._say_hello(self._page, write)
-            await self._show(write)
+            await self._say_hello(self._page)
+            await self._show()
         self._connected = True
         while True:
+            await self._until_taken(sink)
             if self._leaving is not None:
                 return self._leaving
             if self.heartbeat_due:
                 self.heartbeat_due = False
-                await self._write(write, self.view.heartbeat(self.position))
+                self._write(self.view.heartbeat(self.position))
             if self._run_unsure:
                 await self._find_run_again(tail)
                 continue
@@ -133,14 +177,14 @@ class Reader:
             if tail.generation == self._generation:
                 found = tail.next_chunk(self.view, self.position)
                 if found is not None:
-                    await self._pass_on(found, write)
+                    self._pass_on(found)
                     continue
                 if tail.deleted:
                     return ReaderEnd.DELETED
                 if tail.known and tail.top == self.position:
                     if tail.finished and self.view.run is None:
                         return ReaderEnd.ENDED
-                    if not await self._say_live(write):
+                    if not self._say_live():
                         await self._wait(tail)
                     continue
             if tail.deleted:
@@ -164,7 +208,7 @@ class Reader:
             if page.frames or standing is not Standing.HERE:
                 self._page = page
                 del page  # or it would be held as long as the client does not take what is written of it
-                await self._show(write)
+                await self._show()
                 continue
             if page.extent.top.seq == self.position.seq:
                 # After a loss the position has the right seq only; the tail goes by the exact id.
@@ -172,7 +216,7 @@ class Reader:
             if tail.generation != self._generation or tail.next_chunk(self.view, self.position) is not None:
                 continue
             if not tail.known:
-                if not await self._say_live(write):
+                if not self._say_live():
                     await self._wait(tail)
             elif tail.top != self.position:
                 tail.doubt()
@@ -188,22 +232,22 @@ class Reader:
         # A tail that began a new generation meanwhile has waited for the journal already.
         return self._patience.waits_while(behind and tail.generation == self._generation)
 
-    async def _show(self, write: Write) -> None:
+    async def _show(self) -> None:
         """Write the page read last, and before it what was lost, if anything was."""
         page, self._page = self._page, None
         assert page is not None
         standing = self._standing(page)
         if standing is not Standing.HERE:
-            await self._say_loss(standing, page, write)
+            await self._say_loss(standing, page)
         # After a reset the page does not hold what comes next; the next turn reads it.
         if page.frames and page.frames[0].seq == self.position.seq + 1:
             found = chunk(self.view, page.frames, [encode_wire(frame) for frame in page.frames])
             del page  # a stalled client holds the bytes written, not the frames they were made of
-            await self._pass_on(found, write)
+            self._pass_on(found)
 
-    async def _pass_on(self, found: Chunk, write: Write) -> None:
+    def _pass_on(self, found: Chunk) -> None:
         if found.data:
-            await self._write(write, found.data)
+            self._write(found.data)
         self.position = found.last
         if found.terminal is not None:
             self.terminal = found.terminal
@@ -214,7 +258,7 @@ class Reader:
 
     # Control frames of this connection
 
-    async def _say_hello(self, page: Page, write: Write) -> None:
+    async def _say_hello(self, page: Page) -> None:
         extent = page.extent
         hello = self.view.notice(
             "hello",
@@ -225,9 +269,9 @@ class Reader:
             top=str(extent.top),
             resumed=self._resumed and self._standing(page) is Standing.HERE,
         )
-        await self._write(write, hello)
+        self._write(hello)
 
-    async def _say_loss(self, standing: Standing, page: Page, write: Write) -> None:
+    async def _say_loss(self, standing: Standing, page: Page) -> None:
         if not self.view.tells_loss:
             raise LossUntold
         position = page.extent.before_earliest
@@ -241,7 +285,7 @@ class Reader:
             reason = Standing.DIVERGED if rewound else standing
             notice = self.view.notice("reset", position, reason=reason.value)
             self._told_live = False
-        await self._write(write, notice)
+        self._write(notice)
         self.position = position
         self._run_unsure = self.view.run is not None
 
@@ -274,27 +318,32 @@ class Reader:
         # It may have been trimmed since the page was read: then nothing is said, rather than of two times.
         return str(frames[0].id) if frames and frames[0].seq == extent.earliest_seq else None
 
-    async def _say_live(self, write: Write) -> bool:
+    def _say_live(self) -> bool:
         """Say once that replay has caught up; True when it was said now, and there may be news since."""
         if self._told_live:
             return False
         self._told_live = True
-        await self._write(write, self.view.notice("live", self.position, cursor=str(self.position)))
+        self._write(self.view.notice("live", self.position, cursor=str(self.position)))
         return True
 
-    async def _say_goodbye(self, end: ReaderEnd, write: Write) -> None:
+    def _say_goodbye(self, end: ReaderEnd) -> None:
         retry_ms = self._tails.retry_ms()
-        await self._write(write, self.view.notice("bye", self.position, reason=end.value, retry_ms=retry_ms))
+        self._write(self.view.notice("bye", self.position, reason=end.value, retry_ms=retry_ms))
 
     # Writing and waiting
 
-    async def _write(self, write: Write, data: bytes) -> None:
-        if not data:
-            return
-        self.blocked_since = self._tails.now()
-        await write(data)
-        self.blocked_since = None
-        self.written_at = self._tails.now()
+    def _write(self, data: bytes) -> None:
+        assert self._sink is not None
+        if data:
+            self._sink.write(data)
+            self.written_at = self._tails.now()
+
+    async def _until_taken(self, sink: Sink) -> None:
+        """Wait until the client has taken what was written to it, or nearly: no more is read for it before."""
+        if not sink.writable:
+            self.blocked_since = self._tails.now()
+            await sink.until_writable()
+            self.blocked_since = None
 
     async def _wait(self, tail: Tail, longest_s: float | None = None) -> None:
         if self._leaving is not None or tail.deleted:

@@ -46,8 +46,8 @@ RETRY_MAX_S = 2.0
 class Sleeper(Protocol):
     """A reader that waits for news."""
 
-    def wake(self) -> None:
-        """There is news. Must not block; may be called when awake."""
+    def wake(self) -> bool:
+        """There is news. Whether it is done with it and waits on. Must not block; may be called when awake."""
 
 
 class Patience:
@@ -144,7 +144,7 @@ class Tail:
         self._tails.make_room(self)
 
     def wait(self, sleeper: Sleeper) -> None:
-        """Wake `sleeper` once, when there is news."""
+        """Wake `sleeper` at news, until it waits no longer."""
         self._waiting.add(sleeper)
 
     def stop_waiting(self, sleeper: Sleeper) -> None:
@@ -355,9 +355,9 @@ class Tail:
         self._wake()
 
     def _wake(self) -> None:
-        waiting, self._waiting = self._waiting, set()
-        for sleeper in waiting:
-            sleeper.wake()
+        for sleeper in tuple(self._waiting):
+            if not sleeper.wake():
+                self._waiting.discard(sleeper)
 
     def close(self) -> None:
         """Forget everything; the tail is not used any more."""

@@ -158,8 +158,8 @@ class Stage:
 class Nobody:
     """A sleeper that is never asleep."""
 
-    def wake(self) -> None:
-        pass
+    def wake(self) -> bool:
+        return False
 
 
 @contextlib.asynccontextmanager

@@ -45,18 +45,24 @@ class Client:
         self.reader = Reader(
             self.stage.tails, "s", self.view, self.after, page, rotate_at=self.stage.tails.now() + 3600
         )
-        self.task = asyncio.create_task(self.reader.run(self._write))
+        self.task = asyncio.create_task(self.reader.run(self))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
 
-    async def _write(self, data: bytes) -> None:
+    @property
+    def writable(self) -> bool:
+        return self.taking.is_set()
+
+    async def until_writable(self) -> None:
+        await self.taking.wait()
+
+    def write(self, data: bytes) -> None:
         self.text += data.decode()
         self.largest = max(self.largest, len(data))
         self.news.set()
-        await self.taking.wait()
 
     async def until(self, text: str) -> None:
         while text not in self.text:
@@ -73,8 +79,9 @@ class Client:
         finally:
             self.stage.tails.release(tail, self)
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         """A client sleeps on its text alone."""
+        return False
 
     @property
     def shape(self) -> list[str]:
@@ -470,17 +477,22 @@ def test_p6_a_stalled_reader_holds_the_bytes_written_and_not_what_they_were_made
                 pages.append(weakref.ref(frames))
                 return page._replace(frames=frames)
 
-            async def write(data: bytes) -> None:
-                sizes.append(len(data))
-                if len(data) > 20_000:
+            class Stalling:
+                writable = True
+
+                async def until_writable(self) -> None:
                     stalled.set()
                     await asyncio.Event().wait()
+
+                def write(self, data: bytes) -> None:
+                    sizes.append(len(data))
+                    self.writable = len(data) <= 20_000
 
             stage.journal.read = watched_read
             first_pages = [None, await watched_read("s", ORIGIN, 1000, WRITE_MAX_BYTES)]
             while first_pages:
                 reader = Reader(stage.tails, "s", events_view(), ORIGIN, first_pages.pop())
-                task = asyncio.create_task(reader.run(write))
+                task = asyncio.create_task(reader.run(Stalling()))
                 await stalled.wait()
                 gc.collect()
                 assert [page() for page in pages] == [None] * len(pages)

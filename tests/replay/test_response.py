@@ -35,7 +35,15 @@ class Connection:
 
     async def send(self, message: Any) -> None:
         self.messages.append(message)
-        if b'"live"' in message.get("body", b""):
+
+    writable = True
+
+    async def until_writable(self) -> None:
+        raise AssertionError("it is writable")
+
+    def write(self, data: bytes) -> None:
+        self.messages.append({"body": data, "more_body": True})
+        if b'"live"' in data:
             self.live.set()
 
     @property

@@ -28,8 +28,9 @@ class Sleeping:
     def __init__(self) -> None:
         self.woken = asyncio.Event()
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         self.woken.set()
+        return False
 
 
 async def followed(stage: Stage) -> Tail:
