@@ -180,27 +180,29 @@ class Api:
         )
 
     async def diagnostics(self, request: Request) -> Response:
-        """`GET /relay/v1/diagnostics`: what this process holds open, and how what it held ended."""
-        return Json(self._app.diagnosis())
+        """`GET /relay/v1/diagnostics`: what is held open here, and how what was held ended."""
+        return Json(await self._app.diagnosis())
 
     async def healthz(self, request: Request) -> Response:
         """Alive, whatever else is wrong."""
-        return Json({"status": "alive"})
+        return Json({"status": "alive"} | self._worker())
 
     async def readyz(self, request: Request) -> Response:
         """Ready unless draining; the journal's state is a field."""
         return Json(
-            {"status": "draining" if self._app.draining else "ready", "journal": await self._journal_state()},
+            {"status": "draining" if self._app.draining else "ready", "journal": await self._journal_state()}
+            | self._worker(),
             status_code=503 if self._app.draining else 200,
         )
+
+    def _worker(self) -> dict[str, int]:
+        """Which of several workers answers."""
+        return {} if self._app.place is None else {"worker": self._app.place.number}
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus."""
         app = self._app
-        app.metrics.open_readers.set(len(app.readers))
-        app.metrics.open_runs.set(app.open_runs)
-        app.metrics.followed_streams.set(len(app.tails))
-        app.metrics.ring_bytes.set(app.tails.held_bytes)
+        app.measure()
         app.metrics.journal_up.set(await self._journal_state() == "up")
         return Response(app.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
@@ -411,11 +413,10 @@ class News:
         self._news: asyncio.Future[None] | None = None
         self._given_up = False
 
-    def wake(self) -> bool:
+    def wake(self) -> None:
         """There is news of the stream."""
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
-        return False
 
     def give_up(self) -> None:
         """Nobody waits any more."""

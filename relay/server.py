@@ -82,16 +82,14 @@ class Exchange:
         """Wait for it; returns at once when the client is gone."""
         await self._protocol.flow.drain()
 
-    def write(self, data: bytes) -> None:
-        """A piece of the body of a response whose head was sent, which ends as any other. Not empty."""
-        cycle = self.cycle
-        if cycle.disconnected:
-            return
-        if cycle.chunked_encoding:
-            data = in_chunk(data)
-        elif cycle.scope["method"] == "HEAD":
-            return
-        self._protocol.transport.write(data)
+    def write(self, data: bytes) -> bool:
+        """A piece, not empty, of the body of a response whose head was sent; the end is sent as any other's.
+        Whether the connection is writable then."""
+        cycle, protocol = self.cycle, self._protocol
+        if cycle.disconnected or not cycle.chunked_encoding:  # no body belongs to the answer to HEAD
+            return True
+        protocol.transport.write(in_chunk(data))
+        return not protocol.flow.write_paused
 
     def abort(self) -> None:
         """Break the connection at once; what was not sent is dropped."""

@@ -1,9 +1,9 @@
 """A reader: one cursor that moves through a stream, from the journal's pages into the tail.
 
 There is no handover between replay and live. Each turn of the loop asks the tail for what comes after the
-cursor, and the journal where the tail does not hold it; waiting happens only when neither has anything. While
-a reader that waits has nothing else to do than to pass on what the tail has next, it does so when the tail
-wakes it, and its task sleeps on.
+cursor, and the journal where the tail does not hold it; waiting happens only when neither has anything. A
+reader that waits so follows the tail, which writes to it what comes and lets its task sleep; only something
+else than that wakes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from relay.errors import CursorGone, JournalError, ResumeUnknown, UnknownRun, Un
 from relay.frame import Frame
 from relay.journal.base import Page, RunInfo
 from relay.limits import PAGE_MAX_FRAMES
-from relay.replay.tail import WRITE_MAX_BYTES, Patience, Tail, Tails
+from relay.replay.tail import WRITE_MAX_BYTES, Cohort, Patience, Tail, Tails
 from relay.replay.view import Chunk, View, chunk
 from relay.sse import encode_wire
 
@@ -31,14 +31,15 @@ JOURNAL_RETRY_S = 0.25
 class Sink(Protocol):
     """Where a reader's bytes go."""
 
-    writable: bool
-    """Whether what was written before is taken. Who writes all the same holds more for a client that is slow."""
+    @property
+    def writable(self) -> bool:
+        """Whether what was written is taken, or nearly. Who writes before holds more for a slow client."""
 
     async def until_writable(self) -> None:
         """Wait for it; returns at once when the client is gone."""
 
-    def write(self, data: bytes) -> None:
-        """Send some; dropped when the client is gone."""
+    def write(self, data: bytes) -> bool:
+        """Send something not empty, which is dropped when the client is gone; whether it is writable then."""
 
 
 class ReaderEnd(StrEnum):
@@ -78,11 +79,12 @@ class Reader:
         self.rotate_at = rotate_at
         self.stream = stream
         self.view = view
-        self.position = position
+        self.cohort: Cohort | None = None
         self.terminal: Frame | None = None
         self.heartbeat_due = False
         self.blocked_since: float | None = None
-        self.written_at = tails.now()
+        self._position = position
+        self._written_at = tails.now()
         self._tails = tails
         self._tail: Tail | None = None
         self._page: Page | None = page
@@ -98,20 +100,27 @@ class Reader:
         self._patience = Patience(tails)
 
     @property
+    def position(self) -> Cursor:
+        """The id of the last frame it passed on, or over."""
+        return self._position if self.cohort is None else self.cohort.position
+
+    @property
+    def written_at(self) -> float:
+        """When something was written to it last, on the loop's clock."""
+        return self._written_at if self.cohort is None else max(self._written_at, self.cohort.written_at)
+
+    @property
     def lag(self) -> int:
         """How many frames of the stream, as far as this process knows it, come after the position."""
         return 0 if self._tail is None else max(0, self._tail.top.seq - self.position.seq)
 
     # From outside
 
-    def wake(self) -> bool:
-        """There may be something to do. Whether it is done already, and the reader waits on."""
-        if self._sleep is None or self._sleep.done():
-            return False
-        if self._follow():
-            return True
-        self._sleep.set_result(None)
-        return False
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._unfollow()
+        if self._sleep is not None and not self._sleep.done():
+            self._sleep.set_result(None)
 
     def leave(self, end: ReaderEnd) -> None:
         """End as soon as the write under way is over."""
@@ -133,29 +142,6 @@ class Reader:
         finally:
             self._tails.release(tail, self)
         return end
-
-    def _follow(self) -> bool:
-        """Pass on what the tail has next, if there is nothing else to do then than to wait on."""
-        tail, sink = self._tail, self._sink
-        assert tail is not None
-        assert sink is not None
-        if (
-            not self._told_live
-            or self._leaving is not None
-            or self.heartbeat_due
-            or self._ended_at is not None
-            or self._run_unsure
-            or tail.generation != self._generation
-        ):
-            return False
-        found = tail.next_chunk(self.view, self.position)
-        if found is None or found.terminal is not None:
-            return False
-        if found.data:
-            sink.write(found.data)
-            self.written_at = tail.active_at
-        self.position = found.last
-        return found.last == tail.top and sink.writable and not tail.deleted and not tail.finished
 
     async def _serve(self, tail: Tail, sink: Sink) -> ReaderEnd:
         if self._page is not None:
@@ -185,7 +171,7 @@ class Reader:
                     if tail.finished and self.view.run is None:
                         return ReaderEnd.ENDED
                     if not self._say_live():
-                        await self._wait(tail)
+                        await self._follow(tail, sink)
                     continue
             if tail.deleted:
                 return ReaderEnd.DELETED
@@ -212,7 +198,7 @@ class Reader:
                 continue
             if page.extent.top.seq == self.position.seq:
                 # After a loss the position has the right seq only; the tail goes by the exact id.
-                self.position = page.extent.top
+                self._position = page.extent.top
             if tail.generation != self._generation or tail.next_chunk(self.view, self.position) is not None:
                 continue
             if not tail.known:
@@ -248,7 +234,7 @@ class Reader:
     def _pass_on(self, found: Chunk) -> None:
         if found.data:
             self._write(found.data)
-        self.position = found.last
+        self._position = found.last
         if found.terminal is not None:
             self.terminal = found.terminal
             self._ended_at = found.terminal.seq
@@ -286,7 +272,7 @@ class Reader:
             notice = self.view.notice("reset", position, reason=reason.value)
             self._told_live = False
         self._write(notice)
-        self.position = position
+        self._position = position
         self._run_unsure = self.view.run is not None
 
     async def _find_run_again(self, tail: Tail) -> None:
@@ -330,16 +316,34 @@ class Reader:
         retry_ms = self._tails.retry_ms()
         self._write(self.view.notice("bye", self.position, reason=end.value, retry_ms=retry_ms))
 
-    # Writing and waiting
+    # Following, writing and waiting
+
+    async def _follow(self, tail: Tail, sink: Sink) -> None:
+        """Have the tail pass on what comes, until there is something else to do."""
+        if self._leaving is not None:
+            return
+        self._sleep = asyncio.get_running_loop().create_future()
+        tail.follow(self, self.view, self._position, sink.write)
+        try:
+            await self._sleep
+        finally:
+            self._sleep = None
+            self._unfollow()
+
+    def _unfollow(self) -> None:
+        if self.cohort is not None:
+            self._position, self._written_at = self.position, self.written_at
+            assert self._tail is not None
+            self._tail.unfollow(self)
 
     def _write(self, data: bytes) -> None:
         assert self._sink is not None
         if data:
             self._sink.write(data)
-            self.written_at = self._tails.now()
+            self._written_at = self._tails.now()
 
     async def _until_taken(self, sink: Sink) -> None:
-        """Wait until the client has taken what was written to it, or nearly: no more is read for it before."""
+        """Wait until the client has taken what was written, or nearly: no more is read for it before."""
         if not sink.writable:
             self.blocked_since = self._tails.now()
             await sink.until_writable()

@@ -43,11 +43,43 @@ RETRY_S = 0.25
 RETRY_MAX_S = 2.0
 
 
-class Sleeper(Protocol):
-    """A reader that waits for news."""
+QUIET_SHARE_MAX = 6
+"""A flush to many readers takes a while, and the next comes after this many times as long, at most: as few as
+a sixth of the loop's time go into writing one stream when its frames come faster than they can be written one
+by one."""
 
-    def wake(self) -> bool:
-        """There is news. Whether it is done with it and waits on. Must not block; may be called when awake."""
+
+class Sleeper(Protocol):
+    """Somebody who waits for news of a stream."""
+
+    def wake(self) -> None:
+        """There is news, or something else to do. Must not block; may be called when awake."""
+
+
+class Follower(Sleeper, Protocol):
+    """A reader that stands at the end of a tail. Who is woken follows no more, until it asks again."""
+
+    cohort: Cohort | None
+
+
+class Cohort:
+    """Readers that stand at one position and are shown one view: what comes next is looked up once for all and
+    written to one after the other, and their tasks sleep on."""
+
+    __slots__ = ("members", "position", "view", "written_at")
+
+    def __init__(self, view: View, position: Cursor, written_at: float) -> None:
+        self.view = view
+        self.position = position
+        self.written_at = written_at
+        self.members: dict[Follower, Callable[[bytes], bool]] = {}
+        """How each is written to; False says that it takes no more for now."""
+
+    def take_in(self, other: Cohort) -> None:
+        """Let those of another cohort, which stands where this one does, be of this one."""
+        for member in other.members:
+            member.cohort = self
+        self.members |= other.members
 
 
 class Patience:
@@ -92,13 +124,15 @@ class Tail:
         self._chunks: dict[tuple[object, int], Chunk] = {}
         self._chunk_bytes = 0
         self._waiting: set[Sleeper] = set()
+        self._cohorts: dict[tuple[object, int], Cohort] = {}
         self._unsettled: list[tuple[Cursor, Sequence[Frame]]] = []
         self._doubted = False
         self._sealing_doubted = False
         self._settling: asyncio.Task[None] | None = None
         self._patience = Patience(tails)
         self._flush_timer: asyncio.TimerHandle | None = None
-        self._flushed_at = 0.0
+        self._flush_due = 0.0
+        self._flushed_seq = 0
         self.idle_timer: asyncio.TimerHandle | None = None
 
     @property
@@ -144,12 +178,33 @@ class Tail:
         self._tails.make_room(self)
 
     def wait(self, sleeper: Sleeper) -> None:
-        """Wake `sleeper` at news, until it waits no longer."""
+        """Wake `sleeper` once, when there is news."""
         self._waiting.add(sleeper)
 
     def stop_waiting(self, sleeper: Sleeper) -> None:
         """`sleeper` is not to be woken any more."""
         self._waiting.discard(sleeper)
+
+    def follow(
+        self, follower: Follower, view: View, position: Cursor, write: Callable[[bytes], bool]
+    ) -> None:
+        """Pass on to `follower`, who has all there is, what comes. Wakes it when that does not suffice."""
+        key = (view.key, position.seq)
+        cohort = self._cohorts.get(key)
+        if cohort is None:
+            cohort = self._cohorts[key] = Cohort(view, position, self._tails.now())
+        cohort.members[follower] = write
+        follower.cohort = cohort
+
+    def unfollow(self, follower: Follower) -> None:
+        """Pass nothing on to it any more."""
+        cohort = follower.cohort
+        assert cohort is not None
+        follower.cohort = None
+        del cohort.members[follower]
+        key = (cohort.view.key, cohort.position.seq)
+        if not cohort.members and self._cohorts.get(key) is cohort:
+            del self._cohorts[key]
 
     def _write_end(self, first: int) -> int:
         size = 0
@@ -336,28 +391,66 @@ class Tail:
             drop += 1
         self._drop_frames(drop)
 
-    # Waking readers
+    # Passing on
 
     def _flush_soon(self) -> None:
-        """The first frame after quiet wakes at once; under load, readers are woken once a grouping window."""
-        now = self._tails.now()
-        self.active_at = now
-        due = self._flushed_at + self._tails.group_s
-        if now >= due:
-            self._flushed_at = now
-            self._wake()
+        """The first frame after quiet is passed on at once; under load, those that come together are."""
+        now = self.active_at = self._tails.now()
+        if now >= self._flush_due:
+            self._flush()
         elif self._flush_timer is None:
-            self._flush_timer = self._tails.call_at(due, self._flush)
+            self._flush_timer = self._tails.call_at(self._flush_due, self._flush)
 
     def _flush(self) -> None:
+        """Pass on what is new to those that follow, and wake everybody else."""
         self._flush_timer = None
-        self._flushed_at = self._tails.now()
-        self._wake()
+        began = self._tails.now()
+        cohorts, self._cohorts = self._cohorts, {}
+        for cohort in cohorts.values():
+            self._pass_on(cohort)
+        self._wake_sleepers()
+        if self._tails.group_s:
+            came = self.top.seq - self._flushed_seq
+            quiet_s = (self._tails.now() - began) * min(came + 1, QUIET_SHARE_MAX)
+            self._flush_due = began + max(self._tails.group_s, quiet_s)
+        self._flushed_seq = self.top.seq
+
+    def _pass_on(self, cohort: Cohort) -> None:
+        if cohort.position != self.top:
+            found = self.next_chunk(cohort.view, cohort.position)
+            if found is None or found.terminal is not None:
+                _wake_members(cohort)
+                return
+            cohort.position = found.last
+            if data := found.data:
+                cohort.written_at = self.active_at
+                for behind in [member for member, write in cohort.members.items() if not write(data)]:
+                    behind.wake()
+            if found.last != self.top or self.finished:
+                _wake_members(cohort)
+                return
+        self._keep(cohort)
+
+    def _keep(self, cohort: Cohort) -> None:
+        key = (cohort.view.key, cohort.position.seq)
+        there = self._cohorts.get(key)
+        if there is not None:
+            if len(there.members) > len(cohort.members):
+                cohort, there = there, cohort
+            cohort.take_in(there)
+        self._cohorts[key] = cohort
 
     def _wake(self) -> None:
-        for sleeper in tuple(self._waiting):
-            if not sleeper.wake():
-                self._waiting.discard(sleeper)
+        """Wake everybody: what they stand at may not be what it was."""
+        cohorts, self._cohorts = self._cohorts, {}
+        for cohort in cohorts.values():
+            _wake_members(cohort)
+        self._wake_sleepers()
+
+    def _wake_sleepers(self) -> None:
+        waiting, self._waiting = self._waiting, set()
+        for sleeper in waiting:
+            sleeper.wake()
 
     def close(self) -> None:
         """Forget everything; the tail is not used any more."""
@@ -367,6 +460,11 @@ class Tail:
             self._flush_timer.cancel()
         if self._settling is not None:
             self._settling.cancel()
+
+
+def _wake_members(cohort: Cohort) -> None:
+    for member in tuple(cohort.members):
+        member.wake()
 
 
 class Tails:

@@ -158,8 +158,8 @@ class Stage:
 class Nobody:
     """A sleeper that is never asleep."""
 
-    def wake(self) -> bool:
-        return False
+    def wake(self) -> None:
+        pass
 
 
 @contextlib.asynccontextmanager

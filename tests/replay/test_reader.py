@@ -59,10 +59,11 @@ class Client:
     async def until_writable(self) -> None:
         await self.taking.wait()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> bool:
         self.text += data.decode()
         self.largest = max(self.largest, len(data))
         self.news.set()
+        return self.writable
 
     async def until(self, text: str) -> None:
         while text not in self.text:
@@ -74,14 +75,13 @@ class Client:
         await self.stage.settled()
         tail = self.stage.tails.acquire("s")
         try:
-            while self.reader not in tail._waiting:
+            while self.reader.cohort is None and self.reader not in tail._waiting:
                 await self.stage.journal.real.tops(["s"])
         finally:
             self.stage.tails.release(tail, self)
 
-    def wake(self) -> bool:
+    def wake(self) -> None:
         """A client sleeps on its text alone."""
-        return False
 
     @property
     def shape(self) -> list[str]:
@@ -484,9 +484,10 @@ def test_p6_a_stalled_reader_holds_the_bytes_written_and_not_what_they_were_made
                     stalled.set()
                     await asyncio.Event().wait()
 
-                def write(self, data: bytes) -> None:
+                def write(self, data: bytes) -> bool:
                     sizes.append(len(data))
                     self.writable = len(data) <= 20_000
+                    return self.writable
 
             stage.journal.read = watched_read
             first_pages = [None, await watched_read("s", ORIGIN, 1000, WRITE_MAX_BYTES)]

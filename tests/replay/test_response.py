@@ -41,10 +41,11 @@ class Connection:
     async def until_writable(self) -> None:
         raise AssertionError("it is writable")
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> bool:
         self.messages.append({"body": data, "more_body": True})
         if b'"live"' in data:
             self.live.set()
+        return True
 
     @property
     def body(self) -> bytes:

@@ -28,9 +28,8 @@ class Sleeping:
     def __init__(self) -> None:
         self.woken = asyncio.Event()
 
-    def wake(self) -> bool:
+    def wake(self) -> None:
         self.woken.set()
-        return False
 
 
 async def followed(stage: Stage) -> Tail:
