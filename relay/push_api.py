@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -44,7 +45,7 @@ from relay.limits import (
     check_stream_name,
 )
 from relay.replay.request import JSON, read_number
-from relay.replay.response import CONNECTION
+from relay.replay.response import CONNECTION, Receive, Scope, Send, send_whole
 from relay.settings import NUMBER_MAX
 
 if TYPE_CHECKING:
@@ -66,11 +67,11 @@ _PRODUCERS_REASONS = {
 
 def push_routes(app: App) -> list[Route]:
     """The routes that write."""
-    streams, runs, frames = StreamRoutes(app), RunRoutes(app), FrameRoutes(app)
+    streams, runs, writers = StreamRoutes(app), RunRoutes(app), WriterRoutes(app)
     return [
-        Route(_RUN + "/frames", frames.append, methods=["POST"]),
-        Route(_RUN + "/end", frames.end, methods=["POST"]),
-        Route(_RUN + "/heartbeat", frames.heartbeat, methods=["POST"]),
+        Route(_RUN + "/frames", FramesEndpoint(app), methods=["POST"]),
+        Route(_RUN + "/end", writers.end, methods=["POST"]),
+        Route(_RUN + "/heartbeat", writers.heartbeat, methods=["POST"]),
         Route(_RUN + "/writer", runs.take_over, methods=["POST"]),
         Route(_RUN + "/cancel", runs.cancel, methods=["POST"]),
         Route(_STREAM + "/runs", runs.open, methods=["POST"]),
@@ -89,7 +90,7 @@ class StreamRoutes:
 
     async def put(self, request: Request) -> Response:
         """`PUT /relay/v1/streams/{stream}`: create it, or change what the body gives."""
-        stream = _stream(request)
+        stream = _stream(request.scope)
         given = await _members(request, ("retention_s", "max_frames", "max_bytes", "metadata"))
         change = StreamChange(
             max_frames=_whole_number(given, "max_frames"),
@@ -104,14 +105,14 @@ class StreamRoutes:
 
     async def seal(self, request: Request) -> Response:
         """`POST /relay/v1/streams/{stream}/seal`: it takes no further run."""
-        stream = _stream(request)
+        stream = _stream(request.scope)
         await _members(request, ())
         await self._app.journal.seal(stream)
         return Json(stream_object(await self._app.journal.describe(stream)))
 
     async def delete(self, request: Request) -> Response:
         """`DELETE /relay/v1/streams/{stream}`: 204, whether or not there was one."""
-        await self._app.pushes.delete(_stream(request))
+        await self._app.pushes.delete(_stream(request.scope))
         return Response(status_code=204)
 
 
@@ -124,8 +125,8 @@ class RunRoutes:
     async def open(self, request: Request) -> Response:
         """`POST /relay/v1/streams/{stream}/runs`: open a run, have relay call upstream for one, or send a
         whole one in the body."""
-        stream = _stream(request)
-        media_type = _media_type(request)
+        stream = _stream(request.scope)
+        media_type = _media_type(request.headers.get("content-type", ""))
         if media_type in FORMATS:
             return await self._whole(stream, media_type, request)
         if "end" in request.query_params:
@@ -162,7 +163,7 @@ class RunRoutes:
         return Json(document, status_code=202)
 
     async def _whole(self, stream: str, media_type: str, request: Request) -> Response:
-        end = _ending_asked_for(request)
+        end = _ending_asked_for(request.query_params)
         if end is None:
             raise InvalidParameter("A run in one request ends with it: add ?end=completed.", parameter="end")
         if "relay-seq" in request.headers:
@@ -180,26 +181,26 @@ class RunRoutes:
             given["metadata"] = _parsed(given["metadata"].encode(), "'metadata'")
         opening = _opening(stream, given, request, request.url.query.encode())
         parser = FORMATS[media_type](self._app.settings.frame_max_bytes)
-        turn, receipt = await self._app.pushes.push_whole(opening, parser, _body(request), end)
+        turn, receipt = await self._app.pushes.push_whole(opening, parser, _body(request.receive), end)
         document = {"run": turn.run, "stream": stream, **receipt.members()}
         document |= {"status": turn.status, "reason": turn.reason}
         return Json(document | _superseding(turn), status_code=201 if turn.opened else 200)
 
     async def take_over(self, request: Request) -> Response:
         """`POST …/runs/{run}/writer`: a new writer token, for a producer that lost its own or takes over."""
-        stream, run = _stream_and_run(request)
+        stream, run = _stream_and_run(request.scope)
         await _members(request, ())
         return Json(_turn_object(await self._app.pushes.take_over(stream, run)))
 
     async def cancel(self, request: Request) -> Response:
         """`POST …/runs/{run}/cancel`: end it, whoever produces it. The run, as it ended now or before."""
-        stream, run = _stream_and_run(request)
+        stream, run = _stream_and_run(request.scope)
         info = await self._app.pushes.cancel(stream, run, await _cancel_reason(request))
         return Json(run_object(stream, info))
 
     async def cancel_current(self, request: Request) -> Response:
         """`POST …/streams/{stream}/cancel`: end its newest open run; `{"run": null}` when none is open."""
-        stream = _stream(request)
+        stream = _stream(request.scope)
         reason = await _cancel_reason(request)
         open_runs = (await self._app.journal.describe(stream)).open_runs
         if not open_runs:
@@ -207,34 +208,54 @@ class RunRoutes:
         return Json(run_object(stream, await self._app.pushes.cancel(stream, open_runs[-1], reason)))
 
 
-class FrameRoutes:
-    """What only a run's writer may do."""
+class FramesEndpoint:
+    """`POST …/runs/{run}/frames`: journal frames.
+
+    Past Starlette's requests and responses: for a small append they cost more than all the rest."""
 
     def __init__(self, app: App) -> None:
         self._app = app
 
-    async def append(self, request: Request) -> Response:
-        """`POST …/runs/{run}/frames`: journal frames."""
-        stream, run = _stream_and_run(request)
-        writer, end = _writer(request), _ending_asked_for(request)
-        seq = _sequence(request.headers.getlist("relay-seq"))
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Append what the body holds, and answer with the receipt."""
+        stream, run = _stream_and_run(scope)
+        given: dict[bytes, bytes] = {}
+        numbers = []
+        for name, value in scope["headers"]:
+            if name == b"relay-seq":
+                numbers.append(value.decode("latin-1"))
+            else:
+                given.setdefault(name, value)
+        writer = _writer(given.get(b"relay-writer", b"").decode("latin-1"))
+        query: bytes = scope["query_string"]
+        end = _ending_asked_for(QueryParams(query)) if query else None
+        seq = _sequence(numbers)
         settings = self._app.settings
-        media_type = _media_type(request)
+        media_type = _media_type(given.get(b"content-type", b"").decode("latin-1"))
         frames: list[Event] | FrameParser
         if media_type in FORMATS:
             frames = FORMATS[media_type](settings.frame_max_bytes)
         else:
-            body = await _whole_body(request, settings.buffered_body_max_bytes)
+            body = await _whole_body(receive, settings.buffered_body_max_bytes)
             if body or media_type:
                 _check_json(media_type, _FORMATS_SAID)
             frames = events_of_json(body, settings.frame_max_bytes) if body else []
-        receipt = await self._app.pushes.push(stream, run, writer, seq, frames, _body(request), end)
-        return _receipt(receipt, end)
+        receipt = await self._app.pushes.push(stream, run, writer, seq, frames, _body(receive), end)
+        answer = orjson.dumps(_receipt_object(receipt, end))
+        headers = [(b"content-length", b"%d" % len(answer)), (b"content-type", JSON.encode())]
+        await send_whole(200, headers, answer, send)
+
+
+class WriterRoutes:
+    """What else only a run's writer may do."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
 
     async def end(self, request: Request) -> Response:
         """`POST …/runs/{run}/end`: `{status, reason?, error?}`."""
-        stream, run = _stream_and_run(request)
-        writer = _writer(request)
+        stream, run = _stream_and_run(request.scope)
+        writer = _writer(request.headers.get("relay-writer", ""))
         # An error text may be of any length; it is cut, and the run ends all the same.
         longest = self._app.settings.buffered_body_max_bytes
         given = await _members(request, ("status", "reason", "error"), longest)
@@ -246,13 +267,13 @@ class FrameRoutes:
         if error and reason is not Reason.PRODUCER_FAILED:
             raise InvalidParameter("Only a run that failed has an error.", parameter="error")
         end = ending(reason, error)
-        return _receipt(await self._app.pushes.end(stream, run, writer, end), end)
+        return Json(_receipt_object(await self._app.pushes.end(stream, run, writer, end), end))
 
     async def heartbeat(self, request: Request) -> Response:
         """`POST …/runs/{run}/heartbeat`: keep a silent run alive, and learn its status: at once, or with
         `wait` when it is open no longer, so long at most."""
-        stream, run = _stream_and_run(request)
-        writer = _writer(request)
+        stream, run = _stream_and_run(request.scope)
+        writer = _writer(request.headers.get("relay-writer", ""))
         wait_s = read_number(request.query_params, "wait", 0.0, WAIT_MAX_S)
         await _members(request, ())
         if wait_s:
@@ -327,29 +348,29 @@ def _superseding(turn: Turn) -> dict[str, Any]:
     return {"superseded": list(turn.opened.superseded), "frames_after": turn.opened.frames_after}
 
 
-def _receipt(receipt: Receipt, end: Ending | None) -> Response:
+def _receipt_object(receipt: Receipt, end: Ending | None) -> dict[str, Any]:
     document = receipt.members()
     if end is not None:
         document |= {"status": end.status, "reason": end.reason}
-    return Json(document)
+    return document
 
 
 # Requests
 
 
-def _stream(request: Request) -> str:
-    if b"%2f" in request.scope["raw_path"].lower():
+def _stream(scope: Scope) -> str:
+    if b"%2f" in scope["raw_path"].lower():
         # Decoded, it would be taken for another route.
         raise InvalidName("A stream's or run's name cannot hold a slash.")
-    return check_stream_name(request.path_params["stream"])
+    return check_stream_name(scope["path_params"]["stream"])
 
 
-def _stream_and_run(request: Request) -> tuple[str, str]:
-    return _stream(request), check_run_name(request.path_params["run"])
+def _stream_and_run(scope: Scope) -> tuple[str, str]:
+    return _stream(scope), check_run_name(scope["path_params"]["run"])
 
 
-def _writer(request: Request) -> str:
-    writer = request.headers.get("relay-writer", "").strip()
+def _writer(given: str) -> str:
+    writer = given.strip()
     if not writer:
         raise MissingWriter("Send the run's writer token as Relay-Writer.")
     return writer
@@ -365,8 +386,8 @@ def _sequence(given: list[str]) -> int:
     return int(text)
 
 
-def _ending_asked_for(request: Request) -> Ending | None:
-    status = request.query_params.get("end")
+def _ending_asked_for(query: QueryParams) -> Ending | None:
+    status = query.get("end")
     if status is None:
         return None
     if status not in _PRODUCERS_REASONS:
@@ -374,8 +395,8 @@ def _ending_asked_for(request: Request) -> Ending | None:
     return ending(_PRODUCERS_REASONS[status][0])
 
 
-def _media_type(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
 
 
 def _check_json(media_type: str, accepted: str = JSON) -> None:
@@ -384,9 +405,7 @@ def _check_json(media_type: str, accepted: str = JSON) -> None:
         raise UnsupportedMediaType(f"Say what the body is by Content-Type: {accepted}.")
 
 
-def _body(request: Request) -> Callable[[], Awaitable[Piece]]:
-    receive = request.receive
-
+def _body(receive: Receive) -> Callable[[], Awaitable[Piece]]:
     async def next_piece() -> Piece:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -396,8 +415,8 @@ def _body(request: Request) -> Callable[[], Awaitable[Piece]]:
     return next_piece
 
 
-async def _whole_body(request: Request, max_bytes: int) -> bytes:
-    next_piece = _body(request)
+async def _whole_body(receive: Receive, max_bytes: int) -> bytes:
+    next_piece = _body(receive)
     data, last = await next_piece()
     if last and len(data) <= max_bytes:
         return data
@@ -411,9 +430,9 @@ async def _whole_body(request: Request, max_bytes: int) -> bytes:
 
 
 async def _json_body(request: Request, max_bytes: int = OPTIONS_MAX_BYTES) -> bytes:
-    body = await _whole_body(request, max_bytes)
+    body = await _whole_body(request.receive, max_bytes)
     if body:
-        _check_json(_media_type(request))
+        _check_json(_media_type(request.headers.get("content-type", "")))
     return body
 
 

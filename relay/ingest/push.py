@@ -57,7 +57,7 @@ HEAR_S = 1.0
 often at most."""
 
 KNOWN_MAX = 10_000
-"""Runs whose dialect is remembered from one request to the next."""
+"""Runs that are remembered from one request to the next."""
 
 END_RETRY_S = 1.0
 """Pause before an ending that the journal did not take is put to it again."""
@@ -293,7 +293,7 @@ class Pushes:
         self._settings = settings
         self._owned = owned
         self._on_ended = on_ended
-        self._dialects: dict[tuple[str, str, str], Dialect | None] = {}
+        self._known: dict[tuple[str, str, str], RunOpening] = {}
         self._bodies: dict[Push, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
@@ -312,7 +312,7 @@ class Pushes:
             opened = await self._opened(wanted)
         except RunExists:
             return await self.rejoin(stream, run)
-        self._know(stream, run, wanted.writer, BY_NAME.get(wanted.dialect))
+        self._know(stream, run, wanted.writer, wanted.dialect)
         return Turn(stream, run, wanted.writer, opened.start, 1, opened=opened)
 
     async def rejoin(self, stream: str, run: str) -> Turn:
@@ -378,8 +378,7 @@ class Pushes:
         them: what is given, or what `next_piece` brings to a parser. Raises what the body and the journal
         say, and `Busy` when this process is shutting down before the body was; each with the receipt's
         members."""
-        wanted = RunOpening(stream, run, writer, "", self._settings.retention)
-        push = Push(self._journal, self._writer(wanted), await self._dialect(stream, run, writer), seq, False)
+        push = self._push(await self._run(stream, run, writer), seq)
         try:
             if isinstance(frames, FrameParser):
                 ended = await self._take(push, next_piece, frames, end)
@@ -412,9 +411,7 @@ class Pushes:
         turn = await self.open(opening)
         if not turn.writer:
             return turn, Receipt(next_seq=turn.next_seq)
-        wanted = RunOpening(stream, turn.run, turn.writer, "", self._settings.retention)
-        dialect = await self._dialect(stream, turn.run, turn.writer)
-        push = Push(self._journal, self._writer(wanted), dialect, 1, False)
+        push = self._push(await self._run(stream, turn.run, turn.writer), 1)
         try:
             ended = await self._take(push, next_piece, parser, end)
         except CallerError as error:
@@ -509,24 +506,30 @@ class Pushes:
     def _writer(self, opening: RunOpening) -> RunWriter:
         return RunWriter(self._journal, opening, self._settings, self._owned.memory)
 
-    async def _dialect(self, stream: str, run: str, writer: str) -> Dialect | None:
-        known = (stream, run, writer)
-        if self._dialects.get(known) is None:
-            info = await self._journal.run(stream, run)
-            self._know(*known, BY_NAME.get(info.dialect, RAW) if info.dialect else None)
-        return self._dialects[known]
+    def _push(self, known: RunOpening, seq: int) -> Push:
+        """A push into a run that is not this process's."""
+        return Push(self._journal, self._writer(known), BY_NAME.get(known.dialect), seq, False)
 
-    def _know(self, stream: str, run: str, writer: str, dialect: Dialect | None) -> None:
-        while len(self._dialects) >= KNOWN_MAX:
-            del self._dialects[next(iter(self._dialects))]
-        self._dialects[stream, run, writer] = dialect
+    async def _run(self, stream: str, run: str, writer: str) -> RunOpening:
+        """What has to be known of a run to push into it; its dialect is empty as long as nothing tells it."""
+        known = self._known.get((stream, run, writer))
+        if known is None or not known.dialect:
+            dialect = (await self._journal.run(stream, run)).dialect
+            known = self._know(stream, run, writer, dialect and BY_NAME.get(dialect, RAW).name)
+        return known
+
+    def _know(self, stream: str, run: str, writer: str, dialect: str) -> RunOpening:
+        while len(self._known) >= KNOWN_MAX:
+            del self._known[next(iter(self._known))]
+        known = RunOpening(stream, run, writer, "", self._settings.retention, dialect)
+        self._known[stream, run, writer] = known
+        return known
 
     # Endings
 
     async def end(self, stream: str, run: str, writer: str, end: Ending) -> Receipt:
         """End a run as its producer says. Raises as `Journal.append`."""
-        wanted = RunOpening(stream, run, writer, "", self._settings.retention)
-        push = Push(self._journal, self._writer(wanted), None, 0, False)
+        push = self._push(RunOpening(stream, run, writer, "", self._settings.retention), 0)
         await self._end(push, end)
         return push.receipt
 
