@@ -17,7 +17,7 @@ import orjson
 
 from relay.api import Api, run_object
 from relay.cursor import RESUME_PREFIX, Cursor, ResumeId, Standing, judge, parse_resume_id
-from relay.diagnostics import Diagnostics
+from relay.diagnostics import Colleagues, Diagnostics
 from relay.dialects.detect import BY_NAME, RAW
 from relay.errors import (
     Busy,
@@ -67,6 +67,7 @@ from relay.replay.view import ProxiedNdjsonView, ProxiedSseView
 from relay.settings import Settings
 from relay.sse import EVENT_STREAM
 from relay.webhook import Webhook
+from relay.workers import Worker
 
 log = logging.getLogger("relay.app")
 
@@ -75,16 +76,21 @@ VISIT_S = 1.0
 
 
 class App:
-    """relay as an ASGI application. `start` it before it serves, `drain` and `close` it after."""
+    """relay as an ASGI application. `start` it before it serves, `drain` and `close` it after. `place` is
+    this process's place among several workers of one port."""
 
-    def __init__(self, settings: Settings, journal: Journal) -> None:
+    def __init__(self, settings: Settings, journal: Journal, place: Worker | None = None) -> None:
         self.settings = settings
         self.journal = journal
-        self.metrics = Metrics()
+        self.place = place
+        self.metrics = Metrics(place.directory if place else "")
         self.tails = Tails(journal, settings)
         self.readers = Readers(settings.heartbeat_s, settings.write_timeout_s)
         self.draining = False
         self.diagnostics = Diagnostics()
+        self._colleagues = (
+            None if place is None else Colleagues(place.number, place.count, place.directory, self._holdings)
+        )
         self.owned = OwnedRuns(settings, self._run_ended, self.tails.seen)
         self.pushes = Pushes(journal, settings, self.owned, self._run_ended)
         self._reaper = Reaper(journal, settings, self.owned.name, self._reaped, time.monotonic)
@@ -106,11 +112,14 @@ class App:
         await self.journal.start(self.tails, self.owned)
         if self._upstream is not None:
             await self._upstream.start()
+        if self._colleagues is not None:
+            await self._colleagues.start()
         await self._reaper.tick()  # no run is opened before the lease is held
         work = [self._visit_readers(), self._take_care(), self._keep_lease(), self._ask_for_own_runs()]
         if self._webhook is not None:
             work.append(self._webhook.run())
         self._workers = [asyncio.create_task(worker) for worker in work]
+        self.metrics.started()
 
     async def drain(self) -> None:
         """Send readers away and let open runs finish."""
@@ -128,6 +137,8 @@ class App:
         await asyncio.gather(*self._workers, return_exceptions=True)
         if self._workers:
             await self._reaper.resign()
+        if self._colleagues is not None:
+            self._colleagues.close()
         self.pushes.close()
         if self._upstream is not None:
             await self._upstream.close()
@@ -140,6 +151,8 @@ class App:
         while True:
             await asyncio.sleep(pause_s)
             self.readers.visit(self.tails.now())
+            if self.place is not None:
+                self.measure()  # whichever worker is asked tells it for all
 
     async def _take_care(self) -> None:
         while True:
@@ -194,8 +207,18 @@ class App:
             raise InvalidParameter("No upstream is configured.", parameter="upstream")
         return await self._proxy.start_run(stream, request, wishes)
 
-    def diagnosis(self) -> dict[str, Any]:
-        """What this process holds open, and how what it held ended."""
+    def measure(self) -> None:
+        """Write down what this process holds now."""
+        self.metrics.open_readers.set(len(self.readers))
+        self.metrics.open_runs.set(self.open_runs)
+        self.metrics.followed_streams.set(len(self.tails))
+        self.metrics.ring_bytes.set(self.tails.held_bytes)
+
+    async def diagnosis(self) -> dict[str, Any]:
+        """What the workers of this port hold open, and how what they held ended."""
+        return self._holdings() if self._colleagues is None else await self._colleagues.report()
+
+    def _holdings(self) -> dict[str, Any]:
         pumps = [] if self._proxy is None else self._proxy.pumps
         report = self.diagnostics.report(pumps, self.readers, self.tails.now())
         return {"draining": self.draining} | report

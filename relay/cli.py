@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from relay.client import PushOptions, cancel_run, list_streams, push_run, show, 
 from relay.demo import sample_agent
 from relay.errors import RelayError, StartupError
 from relay.journal.base import Journal
+from relay.metrics import share_metrics
 from relay.server import RelayServer, server
 from relay.settings import Settings
+from relay.workers import Supervisor, Worker
 
 _URL = click.option("--url", envvar="RELAY_URL", default="http://127.0.0.1:8080", show_default=True)
 
@@ -69,8 +71,16 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
 @_settings_options
 def serve(**options: Any) -> None:
     """Run relay in front of an agent backend."""
-    _logging()
-    _run(_serve_with(options))
+    worker = Worker.of_this_process()
+    if worker is not None:
+        _work(worker, options)
+    elif options["workers"] > 1:
+        _logging()
+        # Not on uvloop, which cannot start a process in a group of its own.
+        _run(_supervise(options), asyncio.run)
+    else:
+        _logging()
+        _run(_serve_with(options))
 
 
 @cli.command()
@@ -161,9 +171,9 @@ def inspect(stream: str, run: str | None, transcript: bool, url: str) -> None:
     _run(show(url, stream, run, transcript, click.echo))
 
 
-def _run(work: Any) -> None:
+def _run(work: Coroutine[Any, Any, None], run: Callable[..., None] = uvloop.run) -> None:
     try:
-        uvloop.run(work)
+        run(work)
     except RelayError as error:
         click.echo(f"relay: {error.detail or error.title}", err=True)
         sys.exit(1)
@@ -171,33 +181,61 @@ def _run(work: Any) -> None:
         sys.exit(130)
 
 
-def _logging(level: int = logging.INFO) -> None:
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+def _logging(level: int = logging.INFO, about: str = "") -> None:
+    logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s %(name)s {about}%(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
 async def _serve_with(options: dict[str, Any]) -> None:
     settings = Settings(**options)
-    await _serve(settings, lambda url: f"relay is ready on {url} (journal {_shown(settings.journal)})")
+    await _serve(settings, lambda url: click.echo(_ready(settings, url)))
 
 
-async def _serve(settings: Settings, announce: Callable[[str], str] = str) -> None:
-    """Run relay until it is told to stop. `announce` makes the line that says where it listens."""
+async def _supervise(options: dict[str, Any]) -> None:
+    """Have several workers run relay until told to stop."""
+    settings = Settings(**options)
     _check_bind(settings)
-    with _listen(settings.host, settings.port) as listener:
-        app = App(settings, open_journal(settings))
+    if urlsplit(settings.journal).scheme == "sqlite":
+        raise StartupError(
+            f"--workers {settings.workers} needs a Redis journal, --journal redis://…: an SQLite file "
+            "belongs to one process."
+        )
+    with _listen(settings.host, settings.port) as reserved:
+        supervisor = Supervisor(settings, reserved)
+        if not await supervisor.run(lambda: click.echo(_ready(settings, _url(reserved)))):
+            sys.exit(1)
+
+
+def _work(worker: Worker, options: dict[str, Any]) -> None:
+    """Be one of several workers."""
+    _logging(about=f"worker={worker.number} ")
+    share_metrics(worker.directory, worker.number)
+    try:
+        uvloop.run(_serve(Settings(**options), lambda url: worker.say_ready(), worker))
+    except RelayError as error:
+        worker.say_failed(error.detail or error.title)
+        sys.exit(1)
+
+
+async def _serve(settings: Settings, ready: Callable[[str], None], worker: Worker | None = None) -> None:
+    """Run relay until it is told to stop. `ready` is called when it serves, with the URL where."""
+    _check_bind(settings)
+    with worker.socket() if worker else _listen(settings.host, settings.port) as listener:
+        app = App(settings, open_journal(settings), worker)
         try:
             await app.start()
             serving = server(app, app.drain)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, serving.handle_exit, number, None)
+            if worker is not None:
+                worker.when_orphaned(partial(serving.handle_exit, signal.SIGTERM, None))
             task = await _started(serving, listener)
-            host, port = listener.getsockname()[:2]
+            url = _url(listener)
             gc.collect()
             # What start-up made stays; a quarter of a replay's CPU went into the collector's visits to it.
             gc.freeze()
-            click.echo(announce(f"http://{f'[{host}]' if ':' in host else host}:{port}"))
+            ready(url)
             await task
         finally:
             await app.close()
@@ -214,7 +252,7 @@ async def _demo(port: int, journal: str) -> None:
         try:
             await _serve(
                 Settings(upstream=upstream, journal=journal, port=port, drain_grace_s=1.0),
-                lambda url: (
+                lambda url: click.echo(
                     f"A sample agent that knows nothing of relay listens on {upstream}.\n"
                     f"Open {url}/ and ask something. Stop with Ctrl-C."
                 ),
@@ -281,6 +319,15 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
                 f"Cannot listen on {host} port {port}: {reason}. Choose another --host or --port."
             ) from None
         yield listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _ready(settings: Settings, url: str) -> str:
+    return f"relay is ready on {url} (journal {_shown(settings.journal)})"
 
 
 def _shown(url: str) -> str:

@@ -33,9 +33,12 @@ class Settings:
     """Units are in the names: `_s` seconds, `_ms` milliseconds, `_bytes` bytes."""
 
     upstream: str = _setting("", "Base URL of the agent backend; without it relay only serves /relay.")
-    journal: str = _setting("sqlite:///relay.db", "Where frames are kept: redis://…, redis+sentinel://… or sqlite:///path.")
+    journal: str = _setting(
+        "sqlite:///relay.db", "Where frames are kept: redis://…, redis+sentinel://… or sqlite:///path."
+    )
     host: str = _setting("127.0.0.1", "Address to listen on.")
     port: int = _setting(8080, "Port to listen on; 0 picks a free one.")
+    workers: int = _setting(1, "Processes that serve the port; more than one need Redis.")
     insecure_bind: bool = _setting(False, "Allow an address other than loopback without authentication.")
 
     stream_from: tuple[str, ...] = _setting(
