@@ -1,9 +1,9 @@
 """Run the benchmarks.
 
-    python -m benchmarks                all of them; prints a table and writes benchmarks/results.json
-    python -m benchmarks b3 b8          some of them; prints only
-    python -m benchmarks --quick        a smoke run in seconds, whose figures mean nothing; prints only
-    --out FILE                          write the results there
+python -m benchmarks                all of them; prints a table and writes benchmarks/results.json
+python -m benchmarks b3 b8          some of them; prints only
+python -m benchmarks --quick        a smoke run in seconds, whose figures mean nothing; prints only
+--out FILE                          write the results there
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,13 +30,14 @@ DISTURBED_CORES = 0.15
 
 
 def found() -> dict[str, ModuleType]:
-    """The benchmarks: modules whose names begin with their budget's, like `b3_proxy`."""
+    """The benchmarks by name: a budget's, like `b3_proxy`, by the budget's; others by all of theirs."""
     names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
-    return {
-        name.partition("_")[0]: importlib.import_module(f"benchmarks.{name}")
+    called = {
+        name.partition("_")[0] if re.match(r"b\d", name) else name: name
         for name in names
-        if name.startswith("b") and name[1:].partition("_")[0].isdigit()
+        if re.match(r"b\d+_|scale_", name)
     }
+    return {short: importlib.import_module(f"benchmarks.{name}") for short, name in called.items()}
 
 
 class Disturbance:

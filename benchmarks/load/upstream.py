@@ -6,7 +6,7 @@
 
 Every frame holds when it was written ("t", nanoseconds of the monotonic clock, which all processes of a
 machine share) and its number in its stream ("n"). On stdin, `end` ends all paced streams and is answered
-with how many frames they had in all.
+with how many frames they had in all; `hold` makes them silent until `go on`.
 """
 
 from __future__ import annotations
@@ -120,17 +120,23 @@ class Pacer:
         self._ticks = 0
         self._began = 0.0
         self._ticking = False
+        self._held = False
 
     def add(self, exchange: Exchange, rate: float) -> None:
         buckets = self._buckets.setdefault(rate, [[] for _ in range(round(1 / rate / TICK_S))])
         place = min(buckets, key=len)
         place.append(exchange)
         self._places[exchange] = place
-        if not self._ticking:
+        self.hold(self._held)
+
+    def hold(self, held: bool) -> dict[str, int]:
+        self._held = held
+        if not self._ticking and not held:
             self._ticking = True
             self._began = asyncio.get_running_loop().time()
             self._ticks = 0
             self._tick()
+        return {"streams": len(self._places)}
 
     def discard(self, exchange: Exchange) -> None:
         place = self._places.pop(exchange, None)
@@ -146,7 +152,7 @@ class Pacer:
         return sent
 
     def _tick(self) -> None:
-        if not self._places:
+        if not self._places or self._held:
             self._ticking = False
             return
         loop = asyncio.get_running_loop()
@@ -169,6 +175,8 @@ async def main() -> None:
         line = sys.stdin.readline()
         if line == "end\n":
             print(json.dumps({"sent": pacer.end_all()}), flush=True)
+        elif line in ("hold\n", "go on\n"):
+            print(json.dumps(pacer.hold(line == "hold\n")), flush=True)
         elif not line:
             stopped.set()
 
