@@ -64,6 +64,23 @@ class EventStreamParser:
         self._event = ""
         self._data: bytes | bytearray | None = None  # bytes for one line, grown in place from the second on
         self._id = ""
+        self._between_events = False  # nothing is begun, and no line end waits for its second half
+
+    def lone(self, chunk: bytes) -> bytes | None:
+        """The data of a chunk that is one event of one line, without a name, as most are that a producer
+        sends as it makes them; it is fed then. None, and nothing done, for any other chunk."""
+        if (
+            self._between_events
+            and chunk[:6] == b"data: "
+            and chunk[-2:] == b"\n\n"
+            and chunk.count(b"\n") == 2
+            and b"\r" not in chunk
+            and chunk.isascii()
+            and len(chunk) <= self._max_data_bytes
+        ):
+            self.last_event_id = self._id
+            return chunk[6:-2]
+        return None
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """The events that `chunk` completes; raises `FrameTooLarge` only after `overflow` was set."""
@@ -142,12 +159,14 @@ class EventStreamParser:
             elif name == b"retry" and value.isdigit() and len(value) <= RETRY_MAX_DIGITS:
                 self.retry_ms = int(value)
         self._event, self._data = event, data
+        self._between_events = not (event or data is not None or self._partial or self._after_cr)
         if len(self._partial) > max_line_bytes:
             self._overflow("A line", max_line_bytes)
         return events
 
     def _overflow(self, what: str, max_bytes: int) -> None:
         self.overflow = FrameTooLarge(f"{what} is longer than {max_bytes} bytes.")
+        self._between_events = False
         self._partial.clear()
         self._data = None
 

@@ -398,6 +398,40 @@ def test_any_bytes_in_any_chunks_are_read_as_the_reference_reads_them(body, plac
     assert parse([body[at : at + 1] for at in range(len(body))], max_data_bytes) == expected
 
 
+SHORT = [
+    *(b"data: a\n\n", b"data: \n\n", b"data:a\n\n", b"data:  a\n\n", b"data: \xff\n\n", b"data: " + LONG),
+    *(b"data: a\r\n\n", b"data: a\rdata: b\n\n", b"data: a\ndata: b\n\n", b"data: a\n\n\n", b"data: a\n"),
+    *(b"\n", b"\r", b"id: 5\n", b"id: 6\n\n", b"event: e\n", b": a comment\n\n", b"dat", b"", BOM),
+]
+
+
+@settings(deadline=None, max_examples=500)
+@given(chunks=st.lists(st.sampled_from(SHORT), max_size=8), max_data_bytes=bounds)
+def test_a_chunk_that_is_one_event_is_read_as_any_other(chunks, max_data_bytes):
+    parser = EventStreamParser(max_data_bytes)
+    events: list[ServerSentEvent] = []
+    for chunk in chunks:
+        lone = parser.lone(chunk)
+        if lone is not None:
+            events.append(ServerSentEvent("", lone, parser.last_event_id))
+        else:
+            events += parser.feed(chunk)
+        if parser.overflow is not None:
+            break
+    found = Outcome(events, parser.last_event_id, parser.retry_ms, parser.overflow is not None)
+    assert found == reference(b"".join(chunks), max_data_bytes)
+
+
+def test_only_a_chunk_that_is_one_event_is_taken_for_one():
+    parser = EventStreamParser(ROOMY)
+    assert parser.lone(b"data: a\n\n") is None, "a byte order mark may still come"
+    assert parser.feed(b": hello\n\n") == []
+    assert parser.lone(b"data: a\n\n") == b"a"
+    assert parser.lone(b"data: a\n\ndata: b\n\n") is None
+    assert parser.feed(b"event: e\n") == []
+    assert parser.lone(b"data: a\n\n") is None, "it has a name"
+
+
 @settings(deadline=None)
 @given(chunks=st.lists(bodies, max_size=6), max_data_bytes=bounds)
 def test_no_input_raises_anything_but_frame_too_large(chunks, max_data_bytes):

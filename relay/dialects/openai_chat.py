@@ -6,7 +6,7 @@ on an event whose data has a member `error`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -41,7 +41,7 @@ class OpenAIChat:
             return Signal(error=_error_text(payload["error"], event))
         text_bytes = 0
         for _, _, text in _shown(payload):
-            text_bytes += len(text.encode())
+            text_bytes += len(text) if text.isascii() else len(text.encode())
         return Signal(text_bytes)
 
     def deltas(self, event: Event) -> Sequence[Delta]:
@@ -74,16 +74,19 @@ def _error_text(error: Any, event: Event) -> str:
     return event.data.decode(errors="replace")
 
 
-def _shown(payload: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
+def _shown(payload: dict[str, Any]) -> Sequence[tuple[str, int, str]]:
     """Kind, place in the list of choices, and text."""
+    shown = []
     choices = payload.get("choices")
     for place, choice in enumerate(choices if isinstance(choices, list) else ()):
         delta = choice.get("delta") if isinstance(choice, dict) else None
         if isinstance(delta, dict):
-            for kind, member in (("text", "content"), ("refusal", "refusal")):
-                text = delta.get(member)
-                if text and isinstance(text, str):
-                    yield kind, place, text
+            text, refusal = delta.get("content"), delta.get("refusal")
+            if text and isinstance(text, str):
+                shown.append(("text", place, text))
+            if refusal and isinstance(refusal, str):
+                shown.append(("refusal", place, refusal))
+    return shown
 
 
 def _index(payload: dict[str, Any], place: int) -> int:

@@ -17,7 +17,7 @@ class Raw:
 
     def read(self, event: Event) -> Signal:
         """Every byte counts as text."""
-        return Signal(text_bytes=len(event.data))
+        return Signal(len(event.data))
 
     def deltas(self, event: Event) -> Sequence[Delta]:
         """All data is one text."""

@@ -74,6 +74,9 @@ class ServerSentEvents:
 
     def feed(self, data: bytes) -> list[Event]:
         """The events this data completes."""
+        lone = self._parser.lone(data)
+        if lone is not None:
+            return [Event("", lone)]
         return [Event(event, text) for event, text, _ in self._parser.feed(data)]
 
     def close(self) -> list[Event]:
@@ -214,8 +217,9 @@ class Pump:
         assert self._answer is not None
         assert self._parser is not None
         try:
-            async for data in self._answer.decoded_body():
-                end = await self._journal(self._parser.feed(data))
+            read, feed = self._answer.decoded_reads(), self._parser.feed
+            while data := await read():
+                end = await self._journal(feed(data))
                 if end is not None:
                     return end
             end = await self._journal(self._parser.close())
@@ -236,11 +240,12 @@ class Pump:
         text_bytes = 0
         accepted = 0
         for event in events:
-            try:
-                check_event_name(event.event)
-            except InvalidEvent as error:
-                end = ending(Reason.INVALID_FRAME, error.detail)
-                break
+            if event.event:  # most have none, which needs no check
+                try:
+                    check_event_name(event.event)
+                except InvalidEvent as error:
+                    end = ending(Reason.INVALID_FRAME, error.detail)
+                    break
             if self.dialect is None:
                 self.dialect = by_first_event(event)
             signal = self.dialect.read(event)

@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -154,6 +155,11 @@ class Answer:
             self.headers = [(name, value) for name, value in self.headers if name != b"content-length"]
         self._response = response
         self.idle_s = idle_s or None
+        self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time
+        self._waiting: tuple[float, int] | None = None
+        """Since when the next piece is waited for, and how much had come then; if silence has a bound."""
+        self._idle_timer: asyncio.TimerHandle | None = None
         connection = response.connection
         protocol = None if connection is None else connection.protocol
         self._closed = None if protocol is None else protocol.closed
@@ -172,39 +178,53 @@ class Answer:
         """The media type without parameters, in lower case."""
         return self.header(b"content-type").partition(";")[0].strip().lower()
 
-    async def body(self, idle_s: float | None = None) -> AsyncIterator[bytes]:
-        """The body as it arrives, transfer coding removed. Raises `TruncatedBody`, and `IdleBody` when
-        nothing came for `idle_s`."""
+    async def read(self, idle_s: float | None = None) -> bytes:
+        """What has come of the body since the last time, transfer coding removed; waits for something, and is
+        empty at the end. Raises `TruncatedBody`, and `IdleBody` when nothing came for `idle_s`."""
         content = self._response.content
         try:
-            while True:
-                if idle_s is None:
-                    data = await content.readany()
-                else:
-                    async with asyncio.timeout(idle_s):
-                        data = await content.readany()
-                if not data:
-                    return
-                yield data
-        except TimeoutError:
-            raise IdleBody(f"Upstream was silent for {idle_s:g} s.") from None
+            if idle_s is None:
+                return await content.readany()
+            self._waiting = self._now(), content.total_bytes
+            if self._idle_timer is None:
+                self._idle_timer = self._loop.call_later(idle_s, self._look_whether_idle, idle_s)
+            data = await content.readany()
+            self._waiting = None
+            return data
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             # aiohttp raises before it gives out what came before the break, and has no other way to it.
             received = content._read_nowait(-1)
             if received:
-                yield received
+                return received  # the next time there is nothing
             log.info("upstream's answer broke off: %r", error)
             raise TruncatedBody("Upstream's answer broke off before its end.") from None
 
-    async def decoded_body(self) -> AsyncIterator[bytes]:
-        """A stream's body with its content coding removed, in pieces of bounded size. Raises as `body`, for
-        the configured silence."""
+    def _look_whether_idle(self, idle_s: float) -> None:
+        """One timer a body, which is put off here, and not with every piece that comes."""
+        self._idle_timer = None
+        content = self._response.content
+        if self._waiting is None or self._waiting[1] != content.total_bytes:
+            return  # nobody waits, which is no silence of upstream's; the next who does sets it again
+        idle_at = self._waiting[0] + idle_s
+        if self._now() >= idle_at:
+            content.set_exception(IdleBody(f"Upstream was silent for {idle_s:g} s."))
+        else:
+            self._idle_timer = self._loop.call_at(idle_at, self._look_whether_idle, idle_s)
+
+    async def body(self, idle_s: float | None = None) -> AsyncIterator[bytes]:
+        """The body as it arrives; raises as `read`."""
+        while data := await self.read(idle_s):
+            yield data
+
+    def decoded_reads(self) -> Callable[[], Awaitable[bytes]]:
+        """Reads of a stream's body with its content coding removed, in pieces of bounded size. Each raises as
+        `read`, for the configured silence."""
         encoding = self.header(b"content-encoding").lower()
         if encoding in ("", "identity"):
-            async for data in self.body(self.idle_s):
-                yield data
-            return
-        inflater = Inflater(encoding)
+            return partial(self.read, self.idle_s)
+        return partial(anext, self._inflated(Inflater(encoding)), b"")
+
+    async def _inflated(self, inflater: Inflater) -> AsyncIterator[bytes]:
         async for data in self.body(self.idle_s):
             for piece in inflater.feed(data):
                 yield piece
@@ -241,6 +261,9 @@ class Answer:
 
     def close(self) -> None:
         """Break the connection to upstream, unless the body was read to its end."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
         if self._closed is not None:
             self._closed.remove_done_callback(self._connection_closed)
             self._closed = None

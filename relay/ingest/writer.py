@@ -83,7 +83,9 @@ class RunWriter:
         self.run = opening.run
         self.next_seq = 1
         self.acknowledged = ORIGIN
-        self.heard_at = _now()
+        # Not asked for with every frame: `get_running_loop` is a system call.
+        self._now = asyncio.get_running_loop().time
+        self.heard_at = self._now()
         """When the journal last took something of the run, on the loop's clock."""
         self.ended: Ending | None = None
         self.lost = False
@@ -132,15 +134,21 @@ class RunWriter:
         deadline: float | None = None
         again = False
         while True:
+            batch = self._batch(events, text_bytes, dialect, ending, error_event, answer)
             try:
-                return await self._append(events, text_bytes, dialect, ending, error_event, answer, again)
+                try:
+                    appended = await self._journal.append(batch)
+                except Rewound as rewound:
+                    appended = await self._append_behind(batch, rewound)
+                self._note(batch, appended, again)
+                return appended
             except Diverged:
                 raise
             except Rewound:
                 pass  # for how long is `put_back`'s to say
             except JournalError as error:
                 again = True
-                now = _now()
+                now = self._now()
                 if deadline is None:
                     deadline = now + self._settings.journal_deadline_s
                     log.warning("journal away stream=%s run=%s: %s", self.stream, self.run, error)
@@ -159,9 +167,15 @@ class RunWriter:
         answer: str = "",
     ) -> Appended:
         """Try once. After a `JournalError` the same events must be given again, before any others."""
-        return await self._append(events, text_bytes, dialect, ending, error_event, answer, False)
+        batch = self._batch(events, text_bytes, dialect, ending, error_event, answer)
+        try:
+            appended = await self._journal.append(batch)
+        except Rewound as rewound:
+            appended = await self._append_behind(batch, rewound)
+        self._note(batch, appended, again=False)
+        return appended
 
-    async def _append(
+    def _batch(
         self,
         events: Sequence[Event],
         text_bytes: int,
@@ -169,39 +183,39 @@ class RunWriter:
         ending: Ending | None,
         error_event: Event | None,
         answer: str,
-        again: bool,
-    ) -> Appended:
+    ) -> Append:
         if self.lost and events:
             raise Diverged("The journal lost frames of this run before.")
-        producer_seq = self.next_seq
-        batch = Append(
-            self.stream, self.run, self._opening.writer, producer_seq, events, text_bytes, dialect, ending,
+        return Append(
+            self.stream, self.run, self._opening.writer, self.next_seq, events, text_bytes, dialect, ending,
             error_event, answer, self.acknowledged,
         )  # fmt: skip
-        try:
-            appended = await self._journal.append(batch)
-        except Rewound as rewound:
-            await self.put_back(rewound.extra["last_seq"])
-            appended = await self._journal.append(batch)
+
+    async def _append_behind(self, batch: Append, rewound: Rewound) -> Appended:
+        """Append once more, behind what the journal lost."""
+        await self.put_back(rewound.extra["last_seq"])
+        return await self._journal.append(batch)
+
+    def _note(self, batch: Append, appended: Appended, again: bool) -> None:
+        """The journal has it. `again` says that it may have had it from an earlier try."""
         self._rewound_at = None
-        if dialect and dialect != self._opening.dialect:
-            self._opening = replace(self._opening, dialect=dialect)
-        if answer:
-            self._opening = replace(self._opening, answer=answer)
-        before = self.acknowledged
-        self.next_seq = appended.next_seq
-        self.acknowledged = appended.last
+        if batch.dialect and batch.dialect != self._opening.dialect:
+            self._opening = replace(self._opening, dialect=batch.dialect)
+        if batch.answer:
+            self._opening = replace(self._opening, answer=batch.answer)
+        before = self.acknowledged.seq
+        self.acknowledged, count, _, self.next_seq = appended
         own = 0
-        if ending is not None:
-            self.ended = ending
-            self._last_words = error_event
-            own = 1 if error_event is None else 2
-        if appended.appended == len(events) or (again and not appended.appended):
-            if before.seq and (events or own):
-                self._hold(before.seq, appended.last, producer_seq, events, text_bytes, own)
+        if batch.ending is not None:
+            self.ended = batch.ending
+            self._last_words = batch.error_event
+            own = 1 if batch.error_event is None else 2
+        events = batch.events
+        if count == len(events) or (again and not count):
+            if before and (events or own):
+                self._hold(before, appended.last, batch.producer_seq, events, batch.text_bytes, own)
         else:
             self._let_go()  # it is not known under which ids the duplicates stand
-        return appended
 
     # What is held
 
@@ -219,11 +233,11 @@ class RunWriter:
             return
         size = HELD_FRAME_BYTES * (len(events) + own)
         flat: list[Any] = []
-        for event, data in events:
-            size += len(data)
-            flat += event, data
-        now = self.heard_at = _now()
-        self._held.append((before, last.seq, last.ms, producer_seq, text_bytes, size, now, *flat))
+        for event in events:
+            size += len(event.data)
+            flat += event
+        now = self.heard_at = self._now()
+        self._held.append((before, *last, producer_seq, text_bytes, size, now, *flat))
         self._held_bytes += size
         self._memory.bytes += size
         self.expire(now)
@@ -257,7 +271,7 @@ class RunWriter:
         Raises `Rewound` while frames of other runs in between are missing: try again. Raises `Diverged` when
         it cannot be done, or not in time; then this writer takes nothing more but an ending. Raises
         `JournalError`, `Fenced`, `RunEnded` too."""
-        now = _now()
+        now = self._now()
         if self._rewound_at is None:
             self._rewound_at = now
             log.warning("journal rewound stream=%s run=%s seq=%d", self.stream, self.run, last_seq)
@@ -297,7 +311,7 @@ class RunWriter:
         await self._let_others_finish()
 
     async def _restore_in_turn(self, opening: RunOpening, held: Held) -> None:
-        until = _now() + TURN_WAIT_S
+        until = self._now() + TURN_WAIT_S
         while True:
             try:
                 await self._journal.restore(opening, held)
@@ -305,7 +319,7 @@ class RunWriter:
             except Diverged:
                 raise
             except Rewound:
-                if _now() >= until:
+                if self._now() >= until:
                     raise
             await asyncio.sleep(TURN_PAUSE_S)
 
@@ -313,7 +327,7 @@ class RunWriter:
         """Wait for frames of other processes that were seen here and are missing behind ours, as long as they
         may come back: what is appended before would take their place."""
         pause_s = TURN_PAUSE_S
-        while self._rewound_at is not None and _now() - self._rewound_at < self._settings.rewind_grace_s:
+        while self._rewound_at is not None and self._now() - self._rewound_at < self._settings.rewind_grace_s:
             top = (await self._journal.tops([self.stream])).get(self.stream)
             if top is not None and top.id.seq >= self._memory.seen(self.stream):
                 return
@@ -328,7 +342,3 @@ class RunWriter:
         frames = len(events) + (ending is not None) + (last_words is not None)
         first = Cursor(kept[_LAST_SEQ] - frames + 1, kept[_MS])
         return Held(first, kept[_PRODUCER_SEQ], events, kept[_TEXT_BYTES], last_words, ending)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

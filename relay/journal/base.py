@@ -77,9 +77,9 @@ class Opened(NamedTuple):
         return self.superseded[: len(self.superseded) - (self.last.seq - self.first.seq)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen it would take three times as long to make, which is once a frame
 class Append:
-    """A batch of one run's frames, and perhaps its ending in the same step.
+    """A batch of one run's frames, and perhaps its ending in the same step. Nobody changes it.
 
     `producer_seq` numbers the first event, counting the run's data frames from 1: events numbered at or
     below what the run already has are duplicates and are not journaled again. 0 leaves them unnumbered: they

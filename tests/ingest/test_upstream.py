@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import asyncio
 import gzip
 import random
 import socket
 import zlib
-from typing import Any
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any, cast
 
+import aiohttp
 import pytest
+from aiohttp.base_protocol import BaseProtocol
 from hypothesis import given
 from hypothesis import strategies as st
 from raw_client import RawClient
@@ -16,6 +21,8 @@ from scripted_upstream import Exchange, ScriptedUpstream
 from relay.errors import InvalidParameter, StartupError
 from relay.ingest.upstream import (
     READ_MAX_BYTES,
+    Answer,
+    IdleBody,
     Inflater,
     TruncatedBody,
     Upstream,
@@ -175,6 +182,103 @@ def test_a_slow_upload_does_not_use_up_upstreams_time(
             assert (refused.status, refused.problem["code"]) == (504, "upstream_timeout")
         slow.send(b"b")
         assert slow.answer().body == b"ab"
+
+
+# --- silence ------------------------------------------------------------------------------------------
+
+
+class Clocked(asyncio.SelectorEventLoop):
+    """A loop whose clock is moved by the test."""
+
+    now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+IDLE_S = 10.0
+
+
+def with_body(check: Callable[[Clocked, Answer, aiohttp.StreamReader], Coroutine[Any, Any, None]]) -> None:
+    """Run a check with an answer and what feeds its body."""
+    loop = Clocked()
+
+    async def run() -> None:
+        protocol = BaseProtocol(loop)
+        protocol.transport = asyncio.Transport()
+        body = aiohttp.StreamReader(protocol, READ_MAX_BYTES, loop=loop)
+        response = SimpleNamespace(
+            status=200, raw_headers=(), connection=None, content=body, close=lambda: None
+        )
+        answer = Answer(cast(aiohttp.ClientResponse, response), IDLE_S)
+        try:
+            await asyncio.wait_for(check(loop, answer, body), 1000 * IDLE_S)
+        finally:
+            answer.close()
+
+    try:
+        loop.run_until_complete(run())
+    finally:
+        loop.close()
+
+
+async def settled() -> None:
+    """Let everything happen that is due by now."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_a_body_is_idle_when_nothing_came_for_so_long_since_its_last_piece() -> None:
+    async def check(loop: Clocked, answer: Answer, body: aiohttp.StreamReader) -> None:
+        for _ in range(5):
+            reading = asyncio.create_task(answer.read(IDLE_S))
+            await settled()
+            loop.now += IDLE_S * 0.7
+            await settled()
+            body.feed_data(b"piece")
+            assert await reading == b"piece"
+        reading = asyncio.create_task(answer.read(IDLE_S))
+        await settled()
+        loop.now += IDLE_S * 0.9
+        await settled()
+        assert not reading.done()
+        loop.now += IDLE_S * 0.2
+        with pytest.raises(IdleBody, match="silent for 10 s"):
+            await reading
+
+    with_body(check)
+
+
+def test_silence_counts_while_somebody_waits_and_what_has_come_by_then_is_none() -> None:
+    async def check(loop: Clocked, answer: Answer, body: aiohttp.StreamReader) -> None:
+        body.feed_data(b"one")
+        assert await answer.read(IDLE_S) == b"one"
+        loop.now += 3 * IDLE_S  # the journal is slow
+        await settled()
+        reading = asyncio.create_task(answer.read(IDLE_S))
+        await settled()
+        body.feed_data(b"two")
+        loop.now += 3 * IDLE_S  # and so is the loop
+        assert await reading == b"two"
+        reading = asyncio.create_task(answer.read(IDLE_S))
+        await settled()
+        loop.now += 2 * IDLE_S
+        with pytest.raises(IdleBody):
+            await reading
+
+    with_body(check)
+
+
+def test_what_came_before_a_break_is_given_first() -> None:
+    async def check(loop: Clocked, answer: Answer, body: aiohttp.StreamReader) -> None:
+        body.feed_data(b"one")
+        body.set_exception(aiohttp.ClientPayloadError("broken"))
+        assert await answer.read(IDLE_S) == b"one"
+        for _ in range(2):
+            with pytest.raises(TruncatedBody):
+                await answer.read(IDLE_S)
+
+    with_body(check)
 
 
 # --- requests of relay's own --------------------------------------------------------------------------
