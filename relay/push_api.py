@@ -45,7 +45,7 @@ from relay.limits import (
     check_stream_name,
 )
 from relay.replay.request import JSON, read_number
-from relay.replay.response import CONNECTION, Receive, Scope, Send, send_whole
+from relay.replay.response import CONNECTION, Receive, Scope, Send
 from relay.settings import NUMBER_MAX
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ class FramesEndpoint:
         receipt = await self._app.pushes.push(stream, run, writer, seq, frames, _body(receive), end)
         answer = orjson.dumps(_receipt_object(receipt, end))
         headers = [(b"content-length", b"%d" % len(answer)), (b"content-type", JSON.encode())]
-        await send_whole(200, headers, answer, send)
+        await scope["extensions"][CONNECTION].answer(200, headers, answer)
 
 
 class WriterRoutes:

@@ -10,9 +10,9 @@ from typing import Any
 import httptools
 import orjson
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from relay.replay.response import CONNECTION
+from relay.replay.response import CONNECTION, Headers
 
 HEAD_MAX_BYTES = 64 * 1024
 """Largest request head; llhttp itself has no bound."""
@@ -90,6 +90,25 @@ class Exchange:
             return True
         protocol.transport.write(in_chunk(data))
         return not protocol.flow.write_paused
+
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """The whole response, in one write; through ASGI's `send` it takes two, which is felt where a request
+        is small. `headers` say how long the body is. Not for HEAD, nor for a status without a body."""
+        cycle, protocol = self.cycle, self._protocol
+        await protocol.flow.drain()
+        if cycle.disconnected:
+            return
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        parts = [STATUS_LINE[status]]
+        for name, value in headers:
+            parts += name, b": ", value, b"\r\n"
+        parts += b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body
+        protocol.transport.write(b"".join(parts))
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            protocol.transport.close()
+        cycle.on_response()
 
     def abort(self) -> None:
         """Break the connection at once; what was not sent is dropped."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from producing import Producer
 from raw_client import RawClient
 from relay_process import RelayProcess
 from scripted_upstream import Exchange, ScriptedUpstream
@@ -196,6 +199,33 @@ def test_a_client_that_waits_for_a_hundred_is_told_to_continue(
         client.send(b"hi")
         assert client.answer().body == b"hi"
     assert upstream.received[-1].header("expect") is None
+
+
+def test_appends_sent_ahead_are_answered_in_order_and_the_connection_ends_when_its_client_says_so(
+    relay: RelayProcess, name: str
+) -> None:
+    producer = Producer(relay, name)
+    target = f"/relay/v1/streams/{name}/runs/{producer.run}/frames"
+    headers = ("Content-Type: application/json", f"Relay-Writer: {producer.writer}")
+    with RawClient(relay.port) as client:
+        for n in range(1, 5):
+            client.request("POST", target, *headers, f"Relay-Seq: {n}", body=b'{"data":"one"}')
+        client.request("POST", target, *headers, "Connection: close", body=b'{"data":"one"}')
+        answers = [client.answer() for _ in range(5)]
+        assert [json.loads(answer.body)["next_seq"] for answer in answers] == [2, 3, 4, 5, 6]
+        assert [answer.header("connection") for answer in answers] == [None, None, None, None, "close"]
+        assert client.ended()
+
+
+def test_a_producer_that_waits_for_a_hundred_is_told_to_continue(relay: RelayProcess, name: str) -> None:
+    producer = Producer(relay, name)
+    target = f"/relay/v1/streams/{name}/runs/{producer.run}/frames"
+    headers = ("Content-Type: application/json", f"Relay-Writer: {producer.writer}")
+    with RawClient(relay.port) as client:
+        client.request("POST", target, *headers, "Expect: 100-continue", "Content-Length: 14")
+        assert client.answer().status == 100
+        client.send(b'{"data":"one"}')
+        assert json.loads(client.answer().body)["appended"] == 1
 
 
 # --- upgrades -----------------------------------------------------------------------------------------
