@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -23,6 +24,12 @@ import redis
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 60.0
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+NCHAN_MODULES = tuple(
+    Path(directory, "ngx_nchan_module.so")
+    for directory in ("/usr/lib/nginx/modules", "/usr/lib64/nginx/modules", "/usr/local/lib/nginx/modules")
+)
+DURABLE_STREAMS = "@durable-streams/server@0.3.7"
 
 P = TypeVar("P", bound="Process")
 
@@ -119,6 +126,15 @@ class Server(Process):
         self.port = int(url.rsplit(":", 1)[1].rstrip("/"))
 
 
+class Worker(Server):
+    """A server whose work is done by its one child process, which is what is measured."""
+
+    @property
+    def pid(self) -> int:
+        (child,) = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children").read_text().split()
+        return int(child)
+
+
 class Lab:
     """Starts processes and ends them all when the benchmark is over."""
 
@@ -209,6 +225,57 @@ class Lab:
         _await_port(port)
         return server
 
+    def nchan(self) -> Server:
+        """nginx with the nchan module, one worker. Raises `Missing`."""
+        binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+        module = nchan_module()
+        if binary is None or module is None:
+            raise Missing("nginx with nchan is not installed")
+        directory = Path(tempfile.mkdtemp(dir=self._directory))
+        # The worker may run as another user.
+        self._directory.chmod(0o755)
+        directory.chmod(0o755)
+        port = _free_port()
+        config = directory / "nginx.conf"
+        config.write_text(
+            (Path(__file__).parent / "peers" / "nchan.conf")
+            .read_text()
+            .replace("DIRECTORY", str(directory))
+            .replace("NCHAN", str(module))
+            .replace("OPEN_FILES", str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+            .replace("LISTEN", f"127.0.0.1:{port}")
+        )
+        command = [binary, "-p", str(directory), "-e", str(directory / "error.log"), "-c", str(config)]
+        server = self._keep(Worker("nchan", command, self._directory))
+        server.at(f"http://127.0.0.1:{port}")
+        _await_port(port)
+        return server
+
+    def durable_streams(self) -> Server:
+        """The reference server of the Durable Streams protocol, in memory. Raises `Missing`."""
+        node, npm = shutil.which("node"), shutil.which("npm")
+        if node is None or npm is None:
+            raise Missing("Node.js with npm is not installed, which the Durable Streams peer needs")
+        name, _, version = DURABLE_STREAMS.rpartition("@")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = cache / "relay-benchmarks" / f"durable-streams-{version}"
+        if not (directory / "node_modules" / name / "package.json").exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            command = [npm, "install", "--prefix", str(directory), "--no-audit", "--no-fund", "--no-save"]
+            command += ["--ignore-scripts", "--fetch-retries", "1", DURABLE_STREAMS]
+            try:
+                subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+                raise Missing(f"{DURABLE_STREAMS} could not be had from npm") from None
+        script = Path(__file__).parent / "peers" / "durable_streams.cjs"
+        server = self._keep(Server("durable-streams", [node, str(script), str(directory)], self._directory))
+        server.at(_url_in(server.line()))
+        return server
+
+    def bare_loop(self, group_ms: float) -> Server:
+        """The least that a fan-out in Python can be."""
+        return self._serving_program("benchmarks.load.bare_loop", str(group_ms))
+
     def _serving_program(self, module: str, *arguments: str) -> Server:
         command = [sys.executable, "-m", module, *arguments]
         server = self._keep(Server(module.rpartition(".")[2], command, self._directory))
@@ -263,6 +330,11 @@ class Commands:
         self._client.close()
         calls = {name: count - self._before.get(name, 0) for name, count in after.items() if name != "info"}
         return {name: count for name, count in calls.items() if count}
+
+
+def nchan_module() -> Path | None:
+    """Where nginx's module nchan is, if it is installed."""
+    return next((path for path in NCHAN_MODULES if path.exists()), None)
 
 
 def _url_in(line: str) -> str:
