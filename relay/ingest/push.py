@@ -137,20 +137,24 @@ class Push:
         self._journal = journal
         self._seq = seq
         self._acknowledged = ORIGIN
-        self._waiting: asyncio.Task[Any] | None = None
+        self._task: asyncio.Task[Any] | None = None
+        """Reads the body."""
+        self._waiting = False
+        """Whether it waits for a piece."""
         self._heard_at: float | None = None
 
     def stop(self, error: RelayError, end: Ending | None = None) -> None:
         """Read no further: what was read is journaled, then `error` is raised."""
         if self.stopped_by is None:
             self.stopped_by, self.stopped_as = error, end
-            if self._waiting is not None:
-                self._waiting.cancel()
+            if self._waiting and self._task is not None:
+                self._task.cancel()
 
     async def take(self, next_piece: NextPiece, parser: FrameParser, end: Ending | None) -> bool:
         """Journal a body while it arrives, and with its last frames the run's ending if one is given. Whether
         this ended the run. Raises what the body, the journal or `stop` says, and `ClientGone`."""
         now = asyncio.get_running_loop().time
+        self._task = asyncio.current_task()
         last = ended = False
         while not last:
             data, last = await self._wait_for(next_piece)
@@ -226,17 +230,16 @@ class Push:
     async def _wait_for(self, next_piece: NextPiece) -> Piece:
         if self.stopped_by is not None:
             raise self.stopped_by
-        self._waiting = asyncio.current_task()
-        assert self._waiting is not None
+        self._waiting = True
         try:
             return await next_piece()
         except asyncio.CancelledError:
-            if self.stopped_by is None:
+            if self.stopped_by is None or self._task is None:
                 raise
-            self._waiting.uncancel()
+            self._task.uncancel()
             raise self.stopped_by from None
         finally:
-            self._waiting = None
+            self._waiting = False
 
 
 # Runs

@@ -258,6 +258,8 @@ class Link:
         self._timeout_s = timeout_s
         self.primary = ""
         """Which life of which primary this link speaks to, or spoke to last."""
+        self._loop = asyncio.get_running_loop()
+        """Kept, because asking for it is a system call."""
         self._wire: _Wire | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
@@ -385,7 +387,7 @@ class Lane(Link):
         The future, or this call, fails with `JournalUnavailable`."""
         if self._closed or len(self._waiting) >= WAITING_MAX:
             raise JournalUnavailable("Too many commands wait for Redis." if not self._closed else "Closed.")
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         call = _Call(packed, replies, loop.create_future(), loop.time() + self._timeout_s)
         self._waiting.append(call)
         if not self._send_scheduled and self._wire is not None and len(self._sent) < BATCHES_IN_FLIGHT_MAX:
@@ -420,7 +422,7 @@ class Lane(Link):
                 size += len(call.packed)
                 call.packed = b""
             if calls:
-                deadline = asyncio.get_running_loop().time() + self._timeout_s
+                deadline = self._loop.time() + self._timeout_s
                 self._sent.append(_Batch(calls, deadline))
                 self._wire.transport.write(b"".join(packed))
 
@@ -456,18 +458,17 @@ class Lane(Link):
             self._sent.popleft()
             if self._waiting and not self._send_scheduled:
                 self._send_scheduled = True
-                asyncio.get_running_loop().call_soon(self._send)
+                self._loop.call_soon(self._send)
 
     def _check_deadlines(self) -> None:
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self._loop.time()
         if self._sent and self._sent[0].deadline <= now:
             self.leave()
             self._on_lost()
         while self._waiting and (self._waiting[0].deadline <= now or self._waiting[0].answer.done()):
             self._fail([self._waiting.popleft()], "Redis cannot be reached.")
         pending = [deadlines[0].deadline for deadlines in (self._sent, self._waiting) if deadlines]
-        self._watchdog = loop.call_at(min(pending), self._check_deadlines) if pending else None
+        self._watchdog = self._loop.call_at(min(pending), self._check_deadlines) if pending else None
 
     @staticmethod
     def _fail(calls: Iterable[_Call], detail: str) -> None:
@@ -512,7 +513,7 @@ class FollowLink(Link):
         self._changed.add(channel)
         if not self._change_scheduled:
             self._change_scheduled = True
-            asyncio.get_running_loop().call_soon(self._apply_changes)
+            self._loop.call_soon(self._apply_changes)
 
     def _apply_changes(self) -> None:
         self._change_scheduled = False
@@ -530,7 +531,7 @@ class FollowLink(Link):
     def _on_connected(self) -> None:
         self._changed.clear()
         self._command(b"SUBSCRIBE", self._wanted)
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at = self._loop.time()
         self._pinged = False
         self._watch_silence(FOLLOW_PING_S)
 
@@ -540,11 +541,10 @@ class FollowLink(Link):
             self._watchdog = None
 
     def _watch_silence(self, delay_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        self._watchdog = loop.call_later(delay_s, self._check_silence)
+        self._watchdog = self._loop.call_later(delay_s, self._check_silence)
 
     def _check_silence(self) -> None:
-        silent_s = asyncio.get_running_loop().time() - self._heard_at
+        silent_s = self._loop.time() - self._heard_at
         if self._wire is None:
             return
         if silent_s < FOLLOW_PING_S:
@@ -557,7 +557,7 @@ class FollowLink(Link):
             self.leave()
 
     def _on_reply(self, reply: Any) -> None:
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at = self._loop.time()
         self._pinged = False
         if not isinstance(reply, list):
             if isinstance(reply, hiredis.ReplyError):
