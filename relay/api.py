@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -43,6 +43,7 @@ from relay.replay.response import (
     Receive,
     Scope,
     Send,
+    StreamAnswer,
     send_no_content,
     send_whole,
 )
@@ -53,6 +54,10 @@ from relay.transcript import read_transcript
 
 if TYPE_CHECKING:
     from relay.app import App
+
+
+_ANSWER = "relay.answer"
+"""Where an endpoint leaves what is to be served, past Starlette's router."""
 
 
 class Json(Response):
@@ -88,11 +93,13 @@ class Api:
             redirect_slashes=False,
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Route a request; what Starlette refuses becomes one of our errors."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> StreamAnswer | None:
+        """Answer a request, or return what is to be served. What Starlette refuses becomes one of our
+        errors."""
         scope["app"] = self  # lets Starlette's router raise instead of answering by itself
         try:
             await self._router(scope, receive, send)
+            return scope.get(_ANSWER)
         except HTTPException as error:
             if error.status_code == 405:
                 allow = self._allowed(scope)
@@ -234,15 +241,13 @@ class EventsEndpoint:
             headers.get("accept", ""),
         )
         try:
-            await self._read(stream, request, scope, receive, send)
+            scope[_ANSWER] = await self._read(stream, request, scope, send)
         except (Busy, JournalError):
             if not _can_be_asked_back(request):
                 raise
             await self._ask_to_come_back(stream, request, "drain" if self._app.draining else "busy", send)
 
-    async def _read(
-        self, stream: str, request: ReadRequest, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _read(self, stream: str, request: ReadRequest, scope: Scope, send: Send) -> StreamAnswer | None:
         if self._app.draining:
             raise Busy("This relay is shutting down.")
         look = partial(self._look, stream, request, scope)
@@ -251,11 +256,11 @@ class EventsEndpoint:
             if not _can_be_asked_back(request):
                 raise UnknownStream(f"Stream {stream!r} was not created in time.")
             await self._ask_to_come_back(stream, request, "not_yet", send)
-            return
+            return None
         info, run, position, page = place
         if request.run is not None and run is None:
             await send_no_content(send)
-            return
+            return None
         view = request.view(None if run is None else run.run)
         standing = judge(position, page.extent, page.anchor_ms)
         nothing_left = _nothing_left(info, run, view, position)
@@ -266,12 +271,13 @@ class EventsEndpoint:
             if standing is not Standing.HERE:
                 raise cursor_gone(standing, page)
             await _send_page(page, run, info, request, position, send)
-            return
+            return None
         if nothing_left and standing.same_life:
             await send_no_content(send)
-            return
+            return None
         if standing is not Standing.HERE and not view.tells_loss:
             raise cursor_gone(standing, page)
+        self._app.check_room()
         reader = Reader(
             self._app.tails,
             stream,
@@ -282,10 +288,9 @@ class EventsEndpoint:
             ended_at=None if run is None else ended_at(run),
             rotate_at=self._app.rotate_at(),
         )
-        del page, place  # the reader lets go of it; here it would be held as long as the client stays
         # Said at once: a cut comes before any goodbye, and browsers wait for seconds unless told.
         prime = b"retry: %d\n\n" % self._app.tails.retry_ms() if view.media_type == EVENT_STREAM else b""
-        await self._app.serve(reader, scope, send, status=200, headers=_head(view.media_type), prime=prime)
+        return StreamAnswer(reader, 200, _head(view.media_type), prime)
 
     async def _look(self, stream: str, request: ReadRequest, scope: Scope) -> tuple[_Place | None, bool]:
         """Where this reader begins, None in a stream that was not created in time; and whether the journal
@@ -501,6 +506,7 @@ async def _send_page(
     await send_whole(200, headers, body, send)
 
 
+@cache
 def _head(media_type: str) -> list[tuple[bytes, bytes]]:
     charset = b"; charset=utf-8" if media_type == EVENT_STREAM else b""
     return [(b"content-type", media_type.encode() + charset), *STREAMING_HEADERS]

@@ -57,6 +57,7 @@ from relay.replay.response import (
     Receive,
     Scope,
     Send,
+    StreamAnswer,
     send_no_content,
     send_problem,
     send_whole,
@@ -100,7 +101,7 @@ class App:
         self._proxy = (
             None
             if self._upstream is None
-            else Proxy(self._upstream, journal, settings, self.owned, self.tails.readers_of, self._run_ended)
+            else Proxy(self._upstream, journal, settings, self.owned, self.tails, self._run_ended)
         )
         self._api = Api(self, push_routes(self))
         self._caretaker: asyncio.Task[None] | None = None
@@ -235,10 +236,12 @@ class App:
             return
         path: str = scope["path"]
         try:
-            if path == "/relay" or path.startswith("/relay/"):
-                await self._api(scope, receive, send)
-            else:
-                await self._proxied(scope, receive, send)
+            is_ours = path == "/relay" or path.startswith("/relay/")
+            answer = await (self._api if is_ours else self._proxied)(scope, receive, send)
+            if answer is not None:
+                end = await serve_reader(answer, self.readers, scope, send)
+                self.metrics.readers_ended.labels(end).inc()
+                self.diagnostics.reader_ended(answer.reader, end, _wall_ms())
         except ClientGone:
             pass
         except RelayError as error:
@@ -249,7 +252,7 @@ class App:
             log.exception("a request failed: %s %s", scope["method"], path)
             await send_problem(RelayError("relay failed; its log says why."), send)
 
-    async def _proxied(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _proxied(self, scope: Scope, receive: Receive, send: Send) -> StreamAnswer | None:
         call = _call(scope, receive)
         if any(token.strip().lower() == "websocket" for token in call.header("upgrade").split(",")):
             raise UpgradeUnsupported("relay does not proxy WebSocket connections.")
@@ -257,20 +260,18 @@ class App:
         browser = _is_event_source(call)
         try:
             if presented.startswith(RESUME_PREFIX):
-                await self._resume(presented, browser, scope, send)
-                return
+                return await self._resume(presented, browser, send)
             if self._proxy is None:
                 raise RouteNotFound("No upstream is configured; relay's own routes are under /relay.")
             if stream := self._proxy.resumes(call):
                 current = await self._proxy.current(stream)
-                if current is None:
-                    await send_no_content(send)
-                else:
-                    await self._serve_known_run(current, None, browser, scope, send)
-                return
+                if current is not None:
+                    return await self._known_run(current, None, browser, send)
+                await send_no_content(send)
+                return None
             if stream := self._proxy.stops(call):
                 await self._stop_current(stream, send)
-                return
+                return None
             opened = await self._open(self._proxy, call, scope)
             if isinstance(opened, Passed):
                 await _pass_on(opened, call.method, scope, send)
@@ -279,13 +280,15 @@ class App:
             elif isinstance(opened, StartedRun):
                 await _send_started(opened, send)
             elif opened.info is None:
-                await self._serve_run(opened, opened.start, None, browser, scope, send)
+                # A run opened just now is not refused its first reader: upstream was called for it.
+                return self._run_from(opened, opened.start, None, browser)
             else:
-                await self._serve_known_run(opened, None, browser, scope, send)
+                return await self._known_run(opened, None, browser, send)
         except (Busy, JournalError) as error:
             if not browser:
                 raise
             await self._ask_to_come_back(error, send)
+        return None
 
     @staticmethod
     async def _open(proxy: Proxy, call: Call, scope: Scope) -> Opening:
@@ -319,11 +322,11 @@ class App:
         headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
         await send_whole(200, headers, orjson.dumps(run_object(stream, info)), send)
 
-    async def _resume(self, presented: str, browser: bool, scope: Scope, send: Send) -> None:
+    async def _resume(self, presented: str, browser: bool, send: Send) -> StreamAnswer | None:
         """Answer a request that carries a resume id from the journal, never from upstream."""
         resume_id = parse_resume_id(presented)
         answer, after, page = await find(self.tails, partial(self._look_up, resume_id))
-        await self._serve_known_run(answer, (after, page), browser, scope, send)
+        return await self._known_run(answer, (after, page), browser, send)
 
     async def _look_up(self, resume_id: ResumeId) -> tuple[tuple[RunAnswer, Cursor, Page], bool]:
         """The run of a resume id, the reader's cursor and what comes behind it; and whether the journal has
@@ -349,14 +352,13 @@ class App:
         ahead = judge(after, page.extent, page.anchor_ms) is Standing.AHEAD
         return (answer, after, page), ahead and not info.ended_ms
 
-    async def _serve_known_run(
+    async def _known_run(
         self,
         answer: RunAnswer,
         presented: tuple[Cursor, Page] | None,
         browser: bool,
-        scope: Scope,
         send: Send,
-    ) -> None:
+    ) -> StreamAnswer | None:
         """A run opened before, from its reader's cursor or its start. Who has all of it gets 204."""
         info = answer.info
         assert info is not None
@@ -371,23 +373,17 @@ class App:
         if presented is not None and nothing_left and standing.same_life:
             self.metrics.resumed("ended")
             await send_no_content(send)
-            return
+            return None
         if standing is not Standing.HERE:
             self.metrics.resumed(standing.value)
             raise cursor_gone(standing, page)
         if presented is not None:
             self.metrics.resumed("resumed")
-        await self._serve_run(answer, after, ended_at(info), browser, scope, send)
+        return self._run_from(answer, after, ended_at(info), browser)
 
-    async def _serve_run(
-        self,
-        answer: RunAnswer,
-        after: Cursor,
-        ended_seq: int | None,
-        browser: bool,
-        scope: Scope,
-        send: Send,
-    ) -> None:
+    def _run_from(
+        self, answer: RunAnswer, after: Cursor, ended_seq: int | None, browser: bool
+    ) -> StreamAnswer:
         """A run as upstream's own answer, from a cursor on."""
         prime = b""
         view: ProxiedSseView | ProxiedNdjsonView
@@ -421,19 +417,14 @@ class App:
             (b"relay-run", answer.run.encode()),
             (b"relay-cursor", str(after).encode()),
         ]
+        released = None
         pump = answer.pump
         if pump is not None:
             pump.on_broken.add(break_off)
+            released = partial(pump.on_broken.discard, break_off)
             if pump.broken:
                 break_off()
-        try:
-            # A run opened just now is not refused its first reader: upstream was called for it.
-            await self._serve(
-                reader, scope, send, status=answer.status, headers=headers, prime=prime, whole=whole
-            )
-        finally:
-            if pump is not None:
-                pump.on_broken.discard(break_off)
+        return StreamAnswer(reader, answer.status, headers, prime, whole, released)
 
     async def _may_end_whole(self, stream: str, run: str, reader: Reader) -> bool:
         """Whether a proxied answer may be closed as complete: it is, or its format said that it is not."""
@@ -453,16 +444,6 @@ class App:
         """Raises `Busy` when no further reader may be served."""
         if len(self.readers) >= self.settings.readers_max:
             raise Busy("This relay serves as many readers as it may.")
-
-    async def serve(self, reader: Reader, scope: Scope, send: Send, **response: Any) -> None:
-        """Serve a reader and count it."""
-        self.check_room()
-        await self._serve(reader, scope, send, **response)
-
-    async def _serve(self, reader: Reader, scope: Scope, send: Send, **response: Any) -> None:
-        end = await serve_reader(reader, self.readers, scope, send, **response)
-        self.metrics.readers_ended.labels(end).inc()
-        self.diagnostics.reader_ended(reader, end, _wall_ms())
 
     async def _ask_to_come_back(self, error: RelayError, send: Send) -> None:
         """A browser's EventSource gives up for ever on anything but 200; this makes it try again."""

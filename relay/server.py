@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 import httptools
 import orjson
@@ -37,6 +37,49 @@ def in_chunk(data: bytes) -> bytes:
         coded = b"%x\r\n%b\r\n" % (len(data), data)
         _last_chunk = data, coded
     return coded
+
+
+class Gate:
+    """What asyncio's `Event` is. A connection holds several of them for hours, and asyncio's own sets aside
+    64 places for those who wait, though hardly ever anybody does."""
+
+    __slots__ = ("_is_set", "_waiting")
+
+    def __init__(self, is_set: bool = False) -> None:
+        self._is_set = is_set
+        self._waiting: list[asyncio.Future[None]] | None = None
+
+    def is_set(self) -> bool:
+        """Whether nobody has to wait."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Let everybody through, now and from now on."""
+        self._is_set = True
+        waiting, self._waiting = self._waiting, None
+        for waiter in waiting or ():
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def clear(self) -> None:
+        """Let nobody through."""
+        self._is_set = False
+
+    async def wait(self) -> Literal[True]:
+        """Return once it was set."""
+        if not self._is_set:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting = [*(self._waiting or ()), waiter]
+            await waiter
+        return True
+
+
+class Pipeline(list[Any]):
+    """What uvicorn needs of a deque: requests that a client sent before the answer to the last one."""
+
+    def appendleft(self, request: Any) -> None:
+        """The newest goes to the front; the oldest is popped from the end."""
+        self.insert(0, request)
 
 
 class Exchange:
@@ -82,13 +125,25 @@ class Exchange:
         """Wait for it; returns at once when the client is gone."""
         await self._protocol.flow.drain()
 
-    def write(self, data: bytes) -> bool:
-        """A piece, not empty, of the body of a response whose head was sent; the end is sent as any other's.
-        Whether the connection is writable then."""
+    def begin_stream(self) -> None:
+        """A response begins that may last for hours: what was asked is forgotten."""
         cycle, protocol = self.cycle, self._protocol
-        if cycle.disconnected or not cycle.chunked_encoding:  # no body belongs to the answer to HEAD
+        scope = cycle.scope
+        if protocol.headers is scope["headers"]:
+            protocol.headers = []
+        if scope["http_version"] == "1.0":  # which knows no chunks: the end of the connection ends the body
+            cycle.chunked_encoding = False
+        kept: Any = {name: scope[name] for name in ("type", "method", "extensions")}
+        scope.clear()  # type: ignore[attr-defined]
+        scope.update(kept)
+
+    def write(self, data: bytes) -> bool:
+        """A piece, not empty, of a stream whose head was sent. Whether the connection is writable then."""
+        cycle, protocol = self.cycle, self._protocol
+        in_chunks = cycle.chunked_encoding
+        if cycle.disconnected or in_chunks is None:  # no body belongs to the answer to HEAD
             return True
-        protocol.transport.write(in_chunk(data))
+        protocol.transport.write(in_chunk(data) if in_chunks else data)
         return not protocol.flow.write_paused
 
     async def answer(self, status: int, headers: Headers, body: bytes) -> None:
@@ -130,18 +185,21 @@ class RelayProtocol(HttpToolsProtocol):
     """uvicorn's protocol, which also bounds request heads, tells a response that its client left, and can
     break a connection without waiting for a client that does not read."""
 
-    lost = False
-    _in_head = True
-    _head_bytes = 0
-    _heads = 0
-    _refused = False
-    _resumes_body = False
-    _data = b""
+    # Python 3.11 to 3.13 keep up to 30 attributes of an object in a compact way, and uvicorn uses 28 of them.
+    __slots__ = (
+        "_data", "_exchanges", "_head_bytes", "_heads", "_in_head", "_refused", "_resumes_body", "lost",
+    )  # fmt: skip
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin without any request."""
         self._exchanges: list[Exchange] = []
+        self._in_head = True
+        self._heads = self._head_bytes = 0
+        self._data = b""
+        self.lost = self._refused = self._resumes_body = False
         super().connection_made(transport)
+        self.flow._is_writable_event = Gate(is_set=True)  # type: ignore[assignment]
+        self.pipeline = Pipeline()  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         """Bound a head that does not end; one that ended is measured in `on_headers_complete`."""
@@ -183,6 +241,7 @@ class RelayProtocol(HttpToolsProtocol):
             self._refuse_large_head()
             raise HeadTooLarge  # stops the parser, which comes back by `send_400_response`
         super().on_headers_complete()
+        self.cycle.message_event = Gate()  # type: ignore[assignment]
         exchange = Exchange(self, self.cycle)
         self._exchanges = [*self._under_way(), exchange]
         self.scope["extensions"] = {CONNECTION: exchange}  # type: ignore[dict-item]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from raw_client import RawClient
 from relay_process import RelayProcess
 from scripted_upstream import Exchange, ScriptedUpstream
 
-from relay.server import HEAD_MAX_BYTES
+from relay.server import HEAD_MAX_BYTES, Gate, in_chunk
 
 
 async def echo(exchange: Exchange) -> None:
@@ -266,3 +267,74 @@ def test_a_wish_for_http2_is_ignored_and_stays_behind(
         assert client.answer().status == 200
     sent = dict(upstream.received[-1].headers)
     assert not {"upgrade", "http2-settings"} & set(sent)
+
+
+JSON = "Content-Type: application/json"
+
+
+# --- streams ------------------------------------------------------------------------------------------
+
+
+def test_a_client_of_http_1_0_gets_a_stream_without_chunks(relay: RelayProcess, name: str) -> None:
+    Producer(relay, name).push("one", "two", end="completed")
+    with RawClient(relay.port) as client:
+        client.send(f"GET /relay/v1/streams/{name}/events?run=latest&control=none HTTP/1.0\r\n\r\n".encode())
+        answer = client.answer()
+        assert answer.status == 200
+        assert answer.header("transfer-encoding") is None
+        assert answer.header("connection") == "close"
+        body = client.rest()
+        assert body.startswith(b"retry: ")
+        assert body.count(b"\ndata: ") == 2
+        assert body.endswith(b"\n\n")
+
+
+def test_what_is_sent_ahead_of_the_end_of_a_stream_is_answered_after_it(
+    relay: RelayProcess, name: str
+) -> None:
+    producer = Producer(relay, name)
+    with RawClient(relay.port) as client:
+        client.request("GET", f"/relay/v1/streams/{name}/events?run=current", "X-First: " + "a" * 1000)
+        client.request("POST", f"/relay/v1/streams/{name}-2/runs", JSON, body=b'{"run":"r"}')
+        client.request("GET", f"/relay/v1/streams/{name}-2/runs/r", "X-Third: c")
+        producer.push("one", end="completed")
+        stream = client.answer()
+        assert stream.body.count(b"data: one\n") == 1
+        assert b'"reason":"ended"' in stream.body
+        assert client.answer().status == 201
+        run = client.answer()
+        assert json.loads(run.body)["run"] == "r"
+
+
+def test_gate_lets_through_whoever_waits_and_forgets_who_left() -> None:
+    async def test() -> None:
+        gate = Gate()
+        assert not gate.is_set()
+        waiting = [asyncio.create_task(gate.wait()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[1].cancel()
+        await asyncio.wait([waiting[1]])
+        assert not waiting[0].done()
+        gate.set()
+        assert await waiting[0]
+        assert await waiting[2]
+        assert waiting[1].cancelled()
+        assert await gate.wait()
+        gate.clear()
+        assert not gate.is_set()
+        late = asyncio.create_task(gate.wait())
+        await asyncio.sleep(0)
+        assert not late.done()
+        gate.set()
+        assert await late
+
+    asyncio.run(test())
+
+
+def test_one_piece_of_data_is_put_into_a_chunk_once() -> None:
+    data, other = b"x" * 300, bytes(b"x" * 299 + b"y")
+    coded = in_chunk(data)
+    assert coded == b"12c\r\n" + data + b"\r\n"
+    assert in_chunk(data) is coded
+    assert in_chunk(other) == b"12c\r\n" + other + b"\r\n"
+    assert in_chunk(data) == coded

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 
 from relay.cursor import RESUME_PREFIX, Cursor, ResumeId, parse_cursor, parse_resume_id
 from relay.errors import InvalidParameter, MalformedCursor, NotAcceptable
@@ -38,8 +39,13 @@ class ReadRequest:
     def view(self, run: str | None) -> View:
         """How this reader is shown frames of `run`, or of all runs."""
         if self.media_type == NDJSON:
-            return NdjsonView(run, self.control, self.heartbeat_event)
-        return EventsView(run, self.control, self.envelope, self.heartbeat_event)
+            return _ndjson_view(run, self.control, self.heartbeat_event)
+        return _events_view(run, self.control, self.envelope, self.heartbeat_event)
+
+
+# Thousands of readers wish the same.
+_events_view = lru_cache(1000)(EventsView)
+_ndjson_view = lru_cache(1000)(NdjsonView)
 
 
 def read_request(query: Mapping[str, str], last_event_id: str, accept: str) -> ReadRequest:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import orjson
@@ -30,30 +32,35 @@ STREAMING_HEADERS: Headers = [
 ]
 
 
-async def serve_reader(
-    reader: Reader,
-    readers: Readers,
-    scope: Scope,
-    send: Send,
-    *,
-    status: int,
-    headers: Headers,
-    prime: bytes = b"",
-    whole: Callable[[Reader], Awaitable[bool]] | None = None,
-) -> ReaderEnd:
-    """Serve one reader to its end and say how it ended.
+@dataclass(slots=True)
+class StreamAnswer:
+    """A response that is a reader's.
 
-    `prime` is written first. `whole`, asked when the reader ended, says whether the answer may be closed as a
+    Routes return it, so that what they needed to find it is gone while it lasts, which may be hours. `prime`
+    is written first. `whole`, asked when the reader ended, says whether the answer may be closed as a
     complete one; otherwise the connection is broken, so that no client takes the part for the whole.
+    `released` is called when it is over.
     """
-    connection = scope["extensions"][CONNECTION]
 
+    reader: Reader
+    status: int
+    headers: Headers
+    prime: bytes = b""
+    whole: Callable[[Reader], Awaitable[bool]] | None = None
+    released: Callable[[], None] | None = None
+
+
+async def serve_reader(answer: StreamAnswer, readers: Readers, scope: Scope, send: Send) -> ReaderEnd:
+    """Serve one reader to its end and say how it ended."""
+    reader, whole = answer.reader, answer.whole
+    connection = scope["extensions"][CONNECTION]
     readers.add(reader, connection.abort)
-    connection.on_lost = lambda: reader.leave(ReaderEnd.CLIENT_CLOSED)
+    connection.on_lost = partial(reader.leave, ReaderEnd.CLIENT_CLOSED)
     try:
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        if prime:
-            connection.write(prime)
+        connection.begin_stream()
+        await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        if answer.prime:
+            connection.write(answer.prime)
         try:
             end = await reader.run(connection)
             complete = whole is None or (end is ReaderEnd.ENDED and await whole(reader))
@@ -66,6 +73,8 @@ async def serve_reader(
     finally:
         connection.on_lost = None
         readers.discard(reader)
+        if answer.released is not None:
+            answer.released()
     log.info("reader ended stream=%s reason=%s cursor=%s", reader.stream, end, reader.position)
     return end
 

@@ -63,7 +63,7 @@ class Follower(Sleeper, Protocol):
 
 
 class Cohort:
-    """Readers that stand at one position and are shown one view: what comes next is looked up once for all and
+    """Readers that stand at one position and are shown one view: what comes next is looked up once for all,
     written to one after the other, and their tasks sleep on."""
 
     __slots__ = ("members", "position", "view", "written_at")
@@ -109,6 +109,8 @@ class Tail:
         self.known = False
         """Whether the journal has told where the stream stands; before that the tail holds nothing."""
         self.deleted = False
+        self.expected = False
+        """Whether `opened` is about to tell where the stream stands: then nobody need ask."""
         self._closed = False
         self.generation = 0
         """Counts the times the journal was found to be another than the one read before."""
@@ -156,8 +158,7 @@ class Tail:
         first = position.seq - self._floor.seq
         if not 0 <= first < len(self._frames):
             return None
-        before = self._floor if first == 0 else self._frames[first - 1].id
-        if before != position:
+        if position.ms != (self._floor if first == 0 else self._frames[first - 1]).ms:
             return None
         key = (view.key, position.seq)
         found = self._chunks.get(key)
@@ -248,8 +249,22 @@ class Tail:
         if self._closed:
             return
         self._doubted = True
-        if self._settling is None:
+        if self._settling is None and not self.expected:
             self._settling = self._tails.spawn(self._settle())
+
+    def opened(self, started: Frame, sealed: bool) -> None:
+        """The stream was made just now, with this as its only frame, and maybe sealed."""
+        self.expected = self._doubted = self._sealing_doubted = False
+        self.known, self._sealed = True, sealed
+        self._open_runs.add(started.run)
+        self._take([started])
+        self._flush_due = 0.0  # nobody waited for this frame; the next one is not to wait for others
+
+    def no_longer_expected(self) -> None:
+        """Whoever reads the stream first does not wait for `opened`."""
+        self.expected = False
+        if self._doubted:
+            self.doubt()
 
     def _holds(self, frame: Frame) -> bool:
         index = frame.seq - self._floor.seq - 1
@@ -369,7 +384,7 @@ class Tail:
     def _note_control(self, frame: Frame) -> None:
         if is_terminal(frame):
             self._open_runs.discard(frame.run)
-        elif is_opening(frame):
+        elif is_opening(frame) and frame.run not in self._open_runs:
             self._open_runs.add(frame.run)
             if frame.seq == 1 and not self._sealed:
                 # A stream that was made just now may have been made sealed, which no frame tells.
@@ -518,7 +533,7 @@ class Tails:
     def on_sealed(self, stream: str) -> None:
         """The journal's hint that a stream was sealed."""
         tail = self._tails.get(stream)
-        if tail is not None:
+        if tail is not None and not (tail.known and tail.sealed):
             tail.doubt_sealing()
 
     def on_doubt(self, stream: str) -> None:
@@ -550,9 +565,9 @@ class Tails:
         """The stream's tail, kept until it is released as often as it was acquired."""
         tail = self._tails.get(stream)
         if tail is None:
-            tail = self._tails[stream] = Tail(stream, self)
-            tail.active_at = self.now()
-            self.journal.watch(stream)
+            tail = self._make(stream)
+        if tail.expected:
+            tail.no_longer_expected()
         if tail.idle_timer is not None:
             tail.idle_timer.cancel()
             tail.idle_timer = None
@@ -568,7 +583,30 @@ class Tails:
         if tail.deleted:
             self._discard(tail)
         elif self._tails.get(tail.stream) is tail:
-            tail.idle_timer = self.call_at(self.now() + LINGER_S, lambda: self._drop_idle(tail))
+            self._keep_idle(tail)
+
+    def expect(self, stream: str) -> None:
+        """A run is about to be opened here for somebody who will read it: follow its stream from now on, so
+        that this takes no time of its own."""
+        if stream not in self._tails:
+            tail = self._make(stream)
+            tail.expected = True
+            self._keep_idle(tail)
+
+    def opened(self, stream: str, started: Frame, sealed: bool) -> None:
+        """The run was opened in a stream that was made with it: `started` is the stream's first frame."""
+        tail = self._tails.get(stream)
+        if tail is not None and tail.expected:
+            tail.opened(started, sealed)
+
+    def _make(self, stream: str) -> Tail:
+        tail = self._tails[stream] = Tail(stream, self)
+        tail.active_at = self.now()
+        self.journal.watch(stream)
+        return tail
+
+    def _keep_idle(self, tail: Tail) -> None:
+        tail.idle_timer = self.call_at(self.now() + LINGER_S, lambda: self._drop_idle(tail))
 
     def seen(self, stream: str) -> int:
         """Up to which seq a stream was seen here; 0 where nobody looks, or looked long ago."""

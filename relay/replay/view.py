@@ -47,16 +47,15 @@ class View(Protocol):
 
 def chunk(view: View, frames: Sequence[Frame], wires: Sequence[bytes]) -> Chunk:
     """What `view` shows of consecutive frames. Stops behind the terminal frame of the view's run."""
-    last = frames[-1].id
+    last = frames[-1]
     terminal = None
     if view.run is not None:
         mine = [index for index, frame in enumerate(frames) if frame.run == view.run]
         if mine and is_terminal(frames[mine[-1]]):
-            terminal = frames[mine[-1]]
-            last = terminal.id
+            last = terminal = frames[mine[-1]]
         if len(mine) != len(frames):
             frames, wires = [frames[i] for i in mine], [wires[i] for i in mine]
-    return Chunk(view.encode(frames, wires) if frames else b"", last, terminal)
+    return Chunk(view.encode(frames, wires) if frames else b"", last.id, terminal)
 
 
 def _without_control(frames: Sequence[Frame], wires: Sequence[bytes]) -> Sequence[bytes]:

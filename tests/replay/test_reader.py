@@ -581,3 +581,160 @@ def test_what_does_not_come_back_is_waited_for_no_longer_than_its_grace(tmp_path
             assert await find(stage.tails, look) == "less"
 
     asyncio.run(check())
+
+
+# --- cohorts: readers that the tail writes to itself ---------------------------------------------------
+
+
+async def live(client: Client) -> None:
+    await client.stage.until(lambda: client.reader.cohort is not None)
+
+
+def asleep(client: Client) -> object:
+    """What the reader's task waits for: another one after it was woken."""
+    assert client.reader._sleep is not None
+    assert not client.reader._sleep.done()
+    return client.reader._sleep
+
+
+def test_live_readers_at_one_place_are_written_to_as_one_and_sleep_on(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            async with (
+                Client(stage) as one,
+                Client(stage) as two,
+                Client(stage, events_view("none")) as other,
+            ):
+                for client in (one, two, other):
+                    await live(client)
+                sleeps = [asleep(client) for client in (one, two, other)]
+                await stage.say("a")
+                for client in (one, two, other):
+                    await client.until("data: a")
+                await stage.say("b", "c")
+                for client in (one, two, other):
+                    await client.until("data: c")
+                    assert client.words == ["a", "b", "c"]
+                    assert client.reader.position.seq == 4
+                assert [asleep(client) for client in (one, two, other)] == sleeps
+                assert one.reader.cohort is two.reader.cohort
+                assert one.reader.cohort is not other.reader.cohort
+
+    asyncio.run(test())
+
+
+def test_p2_who_comes_while_frames_wait_to_be_passed_on_gets_them_once_and_joins_the_others(
+    tmp_path: Path,
+) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, group_ms=3_600_000) as stage:
+            await stage.open()
+            async with Client(stage) as early, Client(stage) as too:
+                for client in (early, too):
+                    await live(client)
+                await stage.say("a")  # at once, and the next an hour later
+                await early.until("data: a")
+                await stage.say("b")
+                tail = stage.tails.acquire("s")
+                await stage.until(lambda: tail.top.seq == 3)
+                async with Client(stage) as late:
+                    await live(late)
+                    assert (early.words, late.words) == (["a"], ["a", "b"])
+                    assert early.reader.cohort is not late.reader.cohort
+                    for word in ("c", "d"):
+                        await stage.say(word)
+                        await stage.until(lambda: tail.top == tail._frames[-1].id)
+                    await stage.until(lambda: tail.top.seq == 5)
+                    tail._flush()
+                    for client in (early, too, late):
+                        assert client.words == ["a", "b", "c", "d"]
+                    assert early.reader.cohort is late.reader.cohort is too.reader.cohort
+                    assert early.reader.cohort is not None
+                    assert len(early.reader.cohort.members) == 3
+                    assert len(tail._cohorts) == 1
+                await stage.until(lambda: late.task.done())
+                assert len(early.reader.cohort.members) == 2
+                stage.tails.release(tail, early)
+
+    asyncio.run(test())
+
+
+def test_p6_a_reader_that_falls_behind_leaves_the_others_to_go_on(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, group_ms=0) as stage:
+            await stage.open()
+            async with Client(stage) as slow, Client(stage) as quick:
+                for client in (slow, quick):
+                    await live(client)
+                slow.taking.clear()
+                await stage.say("a")
+                await quick.until("data: a")
+                await stage.until(lambda: slow.reader.blocked_since is not None)
+                await stage.say("b")
+                await quick.until("data: b")
+                assert slow.words == ["a"]  # nothing is written to who takes nothing
+                assert slow.reader.cohort is None
+                assert slow.reader.position.seq == 2
+                assert slow.reader.lag == 1
+                slow.taking.set()
+                await slow.until("data: b")
+                await live(slow)
+                assert slow.words == quick.words == ["a", "b"]
+                assert slow.reader.blocked_since is None
+                assert slow.reader.cohort is quick.reader.cohort
+
+    asyncio.run(test())
+
+
+def test_a_heartbeat_goes_to_those_to_whom_nothing_was_written(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, group_ms=0) as stage:
+            await stage.open()
+            async with Client(stage) as one, Client(stage, events_view("none", "q")) as other:
+                for client in (one, other):
+                    await live(client)
+                readers = Readers(heartbeat_s=10, write_timeout_s=10)
+                for client in (one, other):
+                    readers.add(client.reader, lambda: None)
+                before = stage.tails.now()
+                one.reader._written_at = other.reader._written_at = before - 100
+                for client in (one, other):
+                    assert client.reader.cohort is not None
+                    client.reader.cohort.written_at = before - 100
+                await stage.say("a")  # which `other`, who reads another run, is not shown
+                await one.until("data: a")
+                readers.visit(stage.tails.now())
+                await other.until(": hb")
+                await stage.until(lambda: other.reader.cohort is not None)
+                assert ": hb" not in one.text
+                assert other.reader.written_at >= before
+                readers.visit(stage.tails.now())
+                assert other.text.count(": hb") == 1
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("reason", [ReaderEnd.DRAIN, ReaderEnd.ROTATE])
+def test_who_is_sent_away_from_a_cohort_is_told_the_cursor_behind_what_it_was_written(
+    tmp_path: Path, reason: ReaderEnd
+) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, group_ms=0) as stage:
+            await stage.open()
+            async with Client(stage) as leaves, Client(stage) as stays:
+                for client in (leaves, stays):
+                    await live(client)
+                await stage.say("a")
+                await stays.until("data: a")
+                leaves.reader.leave(reason)
+                await stage.say("b")
+                await stays.until("data: b")
+                assert await leaves.task is reason
+                assert leaves.words == ["a"]
+                bye = leaves.text.split("\n\n")[-2]
+                assert f'"reason":"{reason}"' in bye
+                assert bye.startswith("id: 2-")
+                assert not stays.task.done()
+
+    asyncio.run(test())

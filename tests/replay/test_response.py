@@ -14,7 +14,7 @@ from replay.doubtful_journal import Stage, staged
 from relay.cursor import ORIGIN
 from relay.errors import Busy, UnknownStream
 from relay.replay.reader import Reader, ReaderEnd, Readers
-from relay.replay.response import CONNECTION, send_no_content, send_problem, serve_reader
+from relay.replay.response import CONNECTION, StreamAnswer, send_no_content, send_problem, serve_reader
 from relay.replay.view import EventsView, View
 
 
@@ -32,6 +32,9 @@ class Connection:
 
     def finish_and_abort(self) -> None:
         self.broken = True
+
+    def begin_stream(self) -> None:
+        self.begun = not self.messages
 
     async def send(self, message: Any) -> None:
         self.messages.append(message)
@@ -68,11 +71,13 @@ async def serve(
     reader = Reader(stage.tails, "s", view, ORIGIN, page)
     before(reader)
     readers = Readers(15, 30)
-    end = await serve_reader(
-        reader, readers, {"extensions": {CONNECTION: connection}}, connection.send,
-        status=201, headers=[(b"a", b"b")], prime=b"primed", whole=whole,
-    )  # fmt: skip
-    assert len(readers) == 0
+    released: list[bool] = []
+    answer = StreamAnswer(
+        reader, 201, [(b"a", b"b")], b"primed", whole, lambda: released.append(len(readers) == 0)
+    )
+    end = await serve_reader(answer, readers, {"extensions": {CONNECTION: connection}}, connection.send)
+    assert released == [True]
+    assert connection.begun
     assert connection.on_lost is None
     return end
 
