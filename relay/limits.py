@@ -11,7 +11,8 @@ _NAME = re.compile(r"[A-Za-z0-9._~:-]{1,200}", re.ASCII)
 
 
 class Retention(NamedTuple):
-    """What a stream keeps. A bound of 0 is none. `retention_s` counts from the last append."""
+    """What a stream keeps. A bound of 0 is none. `retention_s` counts from the last append. A journal may
+    keep a hundredth more than 10,000 frames or 6.25 MiB and up, to drop what is too much at once."""
 
     max_frames: int = 200_000
     max_bytes: int = 64 * 1024 * 1024

@@ -224,6 +224,38 @@ def test_retention_by_bytes_is_exact_against_a_list(redis_server: RedisServer, s
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("max_frames", "max_bytes", "size"),
+    [(10_000, 0, 40), (10_000, 0, 4_000), (0, 7_000_000, 40), (0, 7_000_000, 4_000)],
+)
+def test_a_large_bound_is_never_undercut_and_exceeded_by_a_hundredth_at_most(
+    redis_server: RedisServer, max_frames: int, max_bytes: int, size: int
+) -> None:
+    """What is held stays counted to the byte, though nothing of what is dropped is read."""
+
+    async def scenario() -> None:
+        async with opened(redis_server, prefix=f"large-{max_frames}-{size}") as (journal, _):
+            await journal.open_run(opening("s", "r1", Retention(max_frames, max_bytes, 0)))
+            said, bound = 1, max_frames or max_bytes
+            rest = len(run_started("r1", None, None))
+            while said < 1.3 * (max_frames or max_bytes / size):
+                await journal.append(batch("s", said, *[b"x" * size] * 333))
+                said += 333
+                info = await journal.describe("s")
+                held = info.extent.top.seq - info.extent.earliest_seq + 1
+                first_is_held = info.extent.earliest_seq == 1
+                assert info.bytes_held == (held - first_is_held) * size + first_is_held * rest
+                kept = held if max_frames else info.bytes_held
+                assert kept <= bound * 1.01
+                if not first_is_held:
+                    assert kept + (1 if max_frames else size) > bound
+            assert not first_is_held
+            with redis_server.client() as client:
+                assert client.xlen(f"large-{max_frames}-{size}:{{s}}:frames") == held
+
+    asyncio.run(scenario())
+
+
 def test_a_page_is_the_same_whichever_way_it_is_read(redis_server: RedisServer) -> None:
     """Small frames are read by one XRANGE, large ones by a script that counts bytes."""
 

@@ -77,32 +77,36 @@ local function add_frames(frames_key, index_key, s, now, message)
 
   message[1], message[2], message[3] = s.last_seq, s.last_ms, ms
   if s.reborn then call('UNLINK', index_key) end
-  local seq, bytes, largest, tail = s.last_seq, s.bytes, s.largest, nil
+  local seq, bytes, largest, last_data, indexed = s.last_seq, s.bytes, s.largest, s.last_data, s.indexed
+  local format, tail = string.format, string.format('-%d', ms)
   for i = 4, #message, 3 do
     local event, data = message[i + 1], message[i + 2]
     seq = seq + 1
     if i > 4 then
-      tail = tail or string.format('-%d', ms)
-      call('XADD', frames_key, seq .. tail, 'r', message[i], 'e', event, 'd', data)
+      -- a number that is made text by itself takes four times as long
+      call('XADD', frames_key, format('%d', seq) .. tail, 'r', message[i], 'e', event, 'd', data)
     end
     local size = #data
     bytes = bytes + size
     if size > largest then largest, s.rarely_changed = size, true end
-    if event ~= 'relay' then s.last_data = seq end
-    if bytes - s.indexed >= INDEX_STRIDE then
+    if event ~= 'relay' then last_data = seq end
+    if bytes - indexed >= INDEX_STRIDE then
       call('ZADD', index_key, bytes, seq)
-      s.indexed, s.index_grew, s.rarely_changed = bytes, true, true
+      indexed, s.index_grew, s.rarely_changed = bytes, true, true
     end
   end
+  s.last_data, s.indexed = last_data, indexed
   s.last_seq, s.last_ms, s.bytes, s.largest = seq, ms, bytes, largest
   return nil
 end
 
 -- Drop the shortest prefix so that no frame before `first` is held and at least `target` bytes of this
--- life of the stream are dropped; none after `limit` goes.
-local function drop_prefix(frames_key, index_key, s, first, target, limit)
+-- life of the stream are dropped; none after `limit` goes. Where `spare` frames and bytes are given, so much
+-- may stay, and what the index does not tell is not read.
+local function drop_prefix(frames_key, index_key, s, first, target, limit, spare_frames, spare_bytes)
+  spare_frames, spare_bytes = spare_frames or 0, spare_bytes or 0
   local seq, cumulative = s.earliest - 1, s.trimmed
-  if seq >= limit or (seq >= first - 1 and cumulative >= target) then return end
+  if seq >= limit or (seq >= first - 1 - spare_frames and cumulative >= target - spare_bytes) then return end
 
   local function jump(entry)
     local to_seq = tonumber(entry[1])
@@ -128,6 +132,7 @@ local function drop_prefix(frames_key, index_key, s, first, target, limit)
   if target - cumulative >= INDEX_STRIDE then
     jump(call('ZREVRANGEBYSCORE', index_key, target, '-inf', 'WITHSCORES', 'LIMIT', 0, 1))
   end
+  first, target = first - spare_frames, target - spare_bytes
   local few = 1
   local many = math.max(8, math.min(128, math.floor(1048576 / math.max(s.largest, 1))))
   while seq < limit and (seq < first - 1 or cumulative < target) do
@@ -151,18 +156,23 @@ local function drop_prefix(frames_key, index_key, s, first, target, limit)
 end
 
 -- Retention by count and bytes; the newest frame always stays. Frames after `keep_from`, which is where the
--- oldest run whose ending is not delivered yet began, stay up to twice the bounds.
+-- oldest run whose ending is not delivered yet began, stay up to twice the bounds. A large bound may be
+-- exceeded by a hundredth: to drop frame by frame would cost as much again as to append them, because the
+-- bytes of each had to be read back.
 local function apply_retention(frames_key, index_key, s)
   local first, target = s.earliest, s.trimmed
+  local spare_frames = s.max_frames >= 10000 and math.floor(s.max_frames / 100) or 0
+  local spare_bytes = s.max_bytes >= 100 * INDEX_STRIDE and math.floor(s.max_bytes / 100) or 0
   if s.max_frames > 0 then first = s.last_seq - s.max_frames + 1 end
   if s.max_bytes > 0 then target = s.bytes - s.max_bytes end
   if first <= s.earliest and target <= s.trimmed then return end
   if s.keep_from then
-    drop_prefix(frames_key, index_key, s, first, target, math.min(s.keep_from, s.last_seq - 1))
+    local limit = math.min(s.keep_from, s.last_seq - 1)
+    drop_prefix(frames_key, index_key, s, first, target, limit, spare_frames, spare_bytes)
     first, target = first - s.max_frames, target - s.max_bytes
     if first <= s.earliest and target <= s.trimmed then return end
   end
-  drop_prefix(frames_key, index_key, s, first, target, s.last_seq - 1)
+  drop_prefix(frames_key, index_key, s, first, target, s.last_seq - 1, spare_frames, spare_bytes)
 end
 
 -- When the keys expire: a tenth of the retention late, so that renewing once per tenth is never too late.
