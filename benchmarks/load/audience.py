@@ -8,13 +8,13 @@ all have it. Then on stdin, each answered with a line of JSON:
 
     count          begin to count. What has come is looked for every few milliseconds only: a read then takes
                    what was written in many, and the audience stays cheap under any load
-    time           begin to count, each read at once, and note how old each frame was
+    time           begin to note when everything comes, at once; it is looked at when all have come
     expect <n>     wait until every reader has n frames (or nothing has come for a while), and tell what came
 
 A frame holds when it was sent ("t", nanoseconds of the monotonic clock, which all processes of a machine
-share) and its number in its stream ("n"), as `publisher` writes them. Of every read the last number must be
-that of the read before plus the frames in between; of one reader in ten everything is kept and looked at
-frame by frame, when the clock has stopped.
+share) and its number in its stream ("n"), as `publisher` writes them. When timed, every number must be the
+one after the last. When counted, so must the last of every read, with those in between counted; and of one
+reader in ten everything is kept, and looked at frame by frame when the clock has stopped.
 """
 
 from __future__ import annotations
@@ -39,10 +39,16 @@ BOUNDARY = re.compile(rb"\r\n[0-9a-fA-F]+\r\n")
 """Between two chunks. No frame of the benchmarks holds CR LF, so it can be cut out before parsing."""
 
 RECEIVE_BYTES = 256 * 1024
+TIMED_RECEIVE_BYTES = 16 * 1024
+"""Less, because it is allocated for every read."""
+
 PAUSE_S = 0.01
 """Between two looks while counting."""
 
 KEPT_EVERY = 10
+LULL_S = 0.2
+"""Nothing came for so long: it may be all."""
+
 SILENCE_S = 5.0
 """Nothing came for so long: what is missing will not come."""
 
@@ -50,10 +56,11 @@ SILENCE_S = 5.0
 class Reader:
     """One connection and what it had."""
 
-    __slots__ = ("kept", "n", "rest", "socket", "waiting")
+    __slots__ = ("kept", "n", "receive", "rest", "socket", "waiting")
 
     def __init__(self, connection: socket.socket, kept: list[bytes] | None) -> None:
         self.socket = connection
+        self.receive = connection.recv
         self.rest = b""
         self.n = 0
         self.waiting = True
@@ -71,14 +78,15 @@ class Audience:
         self._epoll = select.epoll()
         self._readers: dict[int, Reader] = {}
         self._buffer = bytearray(RECEIVE_BYTES)
-        self._view = memoryview(self._buffer)
         self._typed = b""
         self._expected: int | None = None
-        self._pause_s = 0.0
-        self._delays_ns: array[int] | None = None
+        self._timed = False
+        self._noted: list[tuple[int, int, bytes]] = []
+        self._delays_ns = array("q")
         self._received = 0
         self._out_of_order = 0
         self._last_ns = 0
+        self._cpu_before_s = 0.0
 
     def come(self, readers: int, streams: int, on_their_way: int) -> dict[str, Any]:
         """Connect all, and wait until all have what is wanted."""
@@ -110,57 +118,80 @@ class Audience:
         connection.setblocking(False)
         kept: list[bytes] | None = [] if number % KEPT_EVERY == 0 else None
         self._readers[connection.fileno()] = Reader(connection, kept)
-        self._epoll.register(connection.fileno(), select.EPOLLIN)
+        self._epoll.register(connection.fileno(), select.EPOLLIN | select.EPOLLET)
 
     def serve(self) -> None:
         """Read, and do as told on stdin, until it ends."""
         stdin = sys.stdin.fileno()
         self._epoll.register(stdin, select.EPOLLIN)
         while True:
-            ready = self._epoll.poll(SILENCE_S, maxevents=len(self._readers) + 1)
+            ready = self._epoll.poll(LULL_S, maxevents=len(self._readers) + 1)
+            read = self._note if self._timed else self._count
             for fd, _ in ready:
                 if fd != stdin:
-                    self._read(self._readers[fd])
+                    read(fd)
                 elif not self._typed_more(os.read(stdin, 4096)):
                     return
+            if self._timed:
+                if not ready:
+                    self._look_at_noted()
+            elif ready:
+                time.sleep(PAUSE_S)
             if self._expected is not None:
                 silent = time.monotonic_ns() - self._last_ns > SILENCE_S * 1e9
                 if silent or self._received >= self._expected * len(self._readers):
                     self._tell()
-            if self._pause_s:
-                time.sleep(self._pause_s)
 
-    def _read(self, reader: Reader) -> None:
-        rest = reader.rest
-        begin = len(rest)
-        if begin:
-            self._buffer[:begin] = rest
-        try:
-            taken = reader.socket.recv_into(self._view[begin:])
-        except BlockingIOError:
-            return
-        now = time.monotonic_ns()
-        if not taken:  # what it missed will be seen
-            self._epoll.unregister(reader.socket.fileno())
-            return
-        buffer, end = self._buffer, begin + taken
-        if reader.kept is not None:
-            reader.kept.append(bytes(self._view[begin:end]))
-        whole = max(0, buffer.rfind(b"\n\n", 0, end))
-        reader.rest = bytes(self._view[whole:end]) if end - whole > len(b"\n\n\r\n") else b""
-        came = buffer.count(NUMBER_MARK, 0, whole)
-        if not came:
-            return
-        at = buffer.rfind(NUMBER_MARK, 0, whole) + len(NUMBER_MARK)
-        n = int(buffer[at : at + NUMBER_DIGITS])
-        if n != reader.n + came:
-            self._out_of_order += 1
-        reader.n = n
-        self._received += came
-        self._last_ns = now
-        if self._delays_ns is not None:
-            for t, _ in FRAME.findall(self._view[:whole]):
+    def _note(self, fd: int) -> None:
+        receive = self._readers[fd].receive
+        while True:
+            try:
+                data = receive(TIMED_RECEIVE_BYTES)
+            except BlockingIOError:
+                return
+            self._noted.append((time.monotonic_ns(), fd, data))
+            if len(data) < TIMED_RECEIVE_BYTES:  # else there may be more, and no edge to tell it
+                return
+
+    def _look_at_noted(self) -> None:
+        began_s = time.process_time()
+        for now, fd, data in self._noted:
+            reader = self._readers[fd]
+            data = reader.rest + data
+            whole = max(0, data.rfind(b"\n\n"))
+            reader.rest = data[whole:]
+            for t, n in FRAME.findall(data, 0, whole):
                 self._delays_ns.append(now - int(t))
+                self._received += 1
+                self._last_ns = now
+                reader.n += 1
+                self._out_of_order += int(n) != reader.n
+        self._noted.clear()
+        self._cpu_before_s += time.process_time() - began_s  # it is no part of reading
+
+    def _count(self, fd: int) -> None:
+        reader = self._readers[fd]
+        taken = RECEIVE_BYTES
+        while taken == RECEIVE_BYTES:
+            try:
+                taken = reader.socket.recv_into(self._buffer)
+            except BlockingIOError:
+                return
+            data = bytes(memoryview(self._buffer)[:taken])
+            if reader.kept is not None:
+                reader.kept.append(data)
+            data = reader.rest + data
+            whole = max(0, data.rfind(b"\n\n"))
+            reader.rest = data[whole:]
+            came = data.count(NUMBER_MARK, 0, whole)
+            if not came:
+                continue
+            at = data.rfind(NUMBER_MARK, 0, whole) + len(NUMBER_MARK)
+            n = int(data[at : at + NUMBER_DIGITS])
+            self._out_of_order += n != reader.n + came
+            reader.n = n
+            self._received += came
+            self._last_ns = time.monotonic_ns()
 
     def _typed_more(self, data: bytes) -> bool:
         *lines, self._typed = (self._typed + data).split(b"\n")
@@ -168,26 +199,30 @@ class Audience:
             command, _, argument = line.decode().partition(" ")
             if command == "expect":
                 self._expected = int(argument)
-                self._last_ns = time.monotonic_ns() if not self._received else self._last_ns
+                self._last_ns = self._last_ns or time.monotonic_ns()
             else:
-                self._pause_s = PAUSE_S if command == "count" else 0.0
-                self._delays_ns = array("q") if command == "time" else None
+                self._timed = command == "time"
+                self._cpu_before_s = time.process_time()
                 answer({})
         return bool(data)
 
     def _tell(self) -> None:
+        cpu_s = time.process_time() - self._cpu_before_s
         expected, self._expected = self._expected, None
-        delays = sorted(self._delays_ns or ())
+        delays = sorted(self._delays_ns)
 
         def percentile_ms(share: float) -> float:
             return delays[min(len(delays) - 1, int(len(delays) * share))] / 1e6 if delays else 0.0
 
-        kept = [reader.kept for reader in self._readers.values() if reader.kept is not None]
+        if not self._timed:
+            kept = [reader.kept for reader in self._readers.values() if reader.kept is not None]
+            self._out_of_order += sum(not _is_whole(data, expected or 0) for data in kept)
         answer(
             {
                 "received": self._received,
                 "last_ns": self._last_ns,
-                "out_of_order": self._out_of_order + sum(not _is_whole(data, expected or 0) for data in kept),
+                "out_of_order": self._out_of_order,
+                "cpu_s": cpu_s,
                 "p50_ms": percentile_ms(0.5),
                 "p99_ms": percentile_ms(0.99),
                 "max_ms": percentile_ms(1.0),

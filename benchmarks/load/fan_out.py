@@ -105,7 +105,7 @@ class FanOut:
         cpu = Cpu(watched)
         acked = system.publisher.ask(publishing)
         seen = audience.ask(f"expect {acked['published']}")
-        cpu_s = cpu.used_s()
+        cpu_s = cpu.used_s() | {"audience": seen["cpu_s"]}
         expected = acked["published"] * self._readers
         if seen["received"] != expected or seen["out_of_order"]:
             raise RuntimeError(
