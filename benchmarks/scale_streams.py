@@ -36,12 +36,12 @@ def run(lab: Lab, quick: bool) -> Report:
     few, many = (report.rows[_label(size)].median("cpu_us") for size in (held[0], held[-1]))
     report.judge(f"CPU per frame at {held[-1]:,} streams against {held[0]:,}", many / few, 1.5)
     report.note(
-        f"{frames_per_s:,} frames/s in all, one reader a stream. cpu_us and redis_us hold all that the process "
-        "did in the window, its background too: the lease, checks of quiet streams, the collector. silent_cpu, "
-        "silent_redis_cpu (cores) and silent_calls_per_s are that background alone, with the same streams open "
-        "and not one frame; more streams are quiet then, so it is no part of cpu_us that could be subtracted. "
-        "rss_kib is relay's growth for each stream with its reader, opening_s the time from the first request "
-        "until all have a frame."
+        f"{frames_per_s:,} frames/s in all, one reader a stream. cpu_us and redis_us hold all that the "
+        "process did in the window, its background too: the lease, checks of quiet streams, the collector. "
+        "silent_cpu, silent_redis_cpu (cores) and silent_calls_per_s are that background alone, with the "
+        "same streams open and not one frame; more streams are quiet then, so it is no part of cpu_us that "
+        "could be subtracted. rss_kib is relay's growth for each stream with its reader, opening_s the time "
+        "from the first request until all have a frame."
     )
     return report
 

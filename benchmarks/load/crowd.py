@@ -9,7 +9,8 @@ Commands on stdin, each answered with a line of JSON:
                so many connect, spread over so many streams, whose number replaces `{}` in the target; at most
                so many at a time are on their way, that is not yet told that they are live
     cut        all connections are closed at once
-    come_back  all connect at once, each with its cursor
+    come_back <at once>
+               all connect again, each with its cursor, so many at a time on their way
     finish     waits until every reader saw its run end, and tells what came in all
 """
 
@@ -32,8 +33,7 @@ FRAME = re.compile(rb'id: (\d+-\d+)\n(?:event: relay\n)?data: \{(?:"type":"([a-z
 """A frame's id with its number, or with the type of a control frame."""
 
 RECEIVE_BYTES = 256 * 1024
-DEADLINE_S = 55.0
-"""Less than who gave a command waits for its answer."""
+DEADLINE_S = 100.0
 
 FILES_BESIDE = 100
 """Files that a process has open beside its connections."""
@@ -110,8 +110,8 @@ class Crowd:
             self._close(reader)
         return {}
 
-    def _come_back(self) -> dict[str, Any]:
-        return self._until_live(self._readers, len(self._readers))
+    def _come_back(self, at_once: str) -> dict[str, Any]:
+        return self._until_live(self._readers, int(at_once))
 
     def _until_live(self, readers: Iterable[Reader], at_once: int) -> dict[str, Any]:
         began = time.monotonic()
