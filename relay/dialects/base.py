@@ -39,6 +39,9 @@ class Dialect(Protocol):
     def read(self, event: Event) -> Signal:
         """What this event means. Never raises, whatever the bytes."""
 
+    def text_bytes(self, events: Sequence[Event]) -> int:
+        """The bytes of shown text in events together, as `read` counts them."""
+
     def deltas(self, event: Event) -> Sequence[Delta]:
         """The text that this event shows, by part. Never raises, whatever the bytes."""
 

@@ -44,6 +44,10 @@ class OpenAIChat:
             text_bytes += len(text) if text.isascii() else len(text.encode())
         return Signal(text_bytes)
 
+    def text_bytes(self, events: Sequence[Event]) -> int:
+        """Of each what `read` counts."""
+        return sum([self.read(event).text_bytes for event in events])
+
     def deltas(self, event: Event) -> Sequence[Delta]:
         """`text` is content and `refusal` is refusal; the index is the choice's."""
         payload = None if event.data.startswith(_DONE) else _payload(event)

@@ -19,6 +19,10 @@ class Raw:
         """Every byte counts as text."""
         return Signal(len(event.data))
 
+    def text_bytes(self, events: Sequence[Event]) -> int:
+        """All of their data."""
+        return sum([len(event.data) for event in events])
+
     def deltas(self, event: Event) -> Sequence[Delta]:
         """All data is one text."""
         text = event.data.decode(errors="replace")

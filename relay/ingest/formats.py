@@ -26,6 +26,9 @@ _PACKED = 2
 
 _FEED_BYTES = 64 * 1024
 
+_make = tuple.__new__
+"""What `Event()` calls, without the call."""
+
 
 class FrameParser:
     """Turns the pieces of a body into events.
@@ -170,7 +173,7 @@ def event_of(item: Any, number: int, max_bytes: int) -> Event:
     event = item.get("event")
     if not event:
         if event is None or event == "":
-            return Event("", text)
+            return _make(Event, ("", text))
         raise _invalid(number, "has an event name that is not a string.")
     if type(event) is not str:
         raise _invalid(number, "has an event name that is not a string.")

@@ -208,10 +208,7 @@ class Push:
         """The bytes of shown text in events."""
         if self.dialect is None and events:
             self.dialect = by_first_event(events[0])
-        if self.dialect is None:
-            return 0
-        read = self.dialect.read
-        return sum([read(event).text_bytes for event in events])
+        return 0 if self.dialect is None else self.dialect.text_bytes(events)
 
     async def _before(self, end: Ending) -> tuple[bool, Mapping[str, Event]]:
         """Whether the run is open; and what relay has to say of such an end, by dialect: something only to

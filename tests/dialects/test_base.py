@@ -36,6 +36,7 @@ def read_totally(dialect: Dialect, data: bytes) -> None:
     deltas = dialect.deltas(Event("", data))
     assert all(delta.kind and delta.text and isinstance(delta.index, int) for delta in deltas)
     assert signal.text_bytes == sum(len(delta.text.encode()) for delta in deltas)
+    assert dialect.text_bytes([Event("", data), Event("name", data)]) == 2 * signal.text_bytes
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
