@@ -22,9 +22,9 @@ import signal
 import socket
 import sys
 import tempfile
-from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from subprocess import PIPE, Popen
 
 import orjson
 
@@ -107,7 +107,7 @@ class Supervisor:
         self._reserved = reserved
         # As `App.drain` and `App.close` may wait for the journal: for openings, for endings, for the lease.
         self._grace_s = settings.drain_grace_s + 3 * settings.journal_timeout_s + CLOSING_S
-        self._processes: dict[int, Process] = {}
+        self._processes: dict[int, Popen[bytes]] = {}
         self._serving: set[int] = set()
         self._all_served = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -125,14 +125,14 @@ class Supervisor:
         with _private_directory() as directory:
             lives = [asyncio.create_task(self._keep(n + 1, directory)) for n in range(self._count)]
             for life in lives:
-                life.add_done_callback(lambda _: self._stop(signal.SIGTERM))
+                life.add_done_callback(self._one_is_over)
             announcing = asyncio.create_task(self._announce(announce))
             await self._stopping.wait()
             announcing.cancel()
             await asyncio.wait(lives, timeout=self._grace_s)
             for number, process in self._processes.items():
                 log.error("worker %d did not end within %g s, and is killed", number, self._grace_s)
-                _signal(process, signal.SIGKILL)
+                process.kill()
             in_order = await asyncio.gather(*lives)
         if self._failure is not None:
             raise self._failure
@@ -142,12 +142,16 @@ class Supervisor:
         await self._all_served.wait()
         announce()
 
+    def _one_is_over(self, life: asyncio.Task[bool]) -> None:
+        if not self._stopping.is_set():
+            self._stop(signal.SIGTERM)
+
     def _stop(self, told: signal.Signals) -> None:
         """Tell every worker, and the same again: a second SIGINT has its own meaning to them."""
         self._stopping.set()
         for number, process in self._processes.items():
             # Before it serves a worker has no handlers, and Python's own one for SIGINT is noisy.
-            _signal(process, told if number in self._serving else signal.SIGTERM)
+            process.send_signal(told if number in self._serving else signal.SIGTERM)
 
     async def _keep(self, number: int, directory: str) -> bool:
         """Have a worker of this number until told to stop; whether the last one ended in order."""
@@ -160,6 +164,8 @@ class Supervisor:
             except OSError as error:
                 why, in_order = f"A worker could not be started: {error}", False
             if self._stopping.is_set():
+                if not in_order:
+                    log.error("worker %d did not end in order: %s", number, why)
                 return in_order
             if not self._all_served.is_set():
                 self._failure = StartupError(why)
@@ -174,20 +180,21 @@ class Supervisor:
 
     async def _live(self, number: int, directory: str) -> tuple[str, bool]:
         """One process from its start to its end: what it died of, and whether it ended as if told to."""
-        process = await self._start(number, directory)
-        try:
+        process = self._processes[number] = self._start(number, directory)
+        with process:
             failure = await self._hear(number, process)
-            code = await process.wait()
-        finally:
-            served = number in self._serving
-            del self._processes[number]
-            self._serving.discard(number)
-            forget_gauges(directory, number)
+            # What it speaks by was closed by its end, so that this does not wait. Nobody else waits for it
+            # either, as asyncio's own watchers would: a signal is never sent to who has its number next.
+            code = process.wait()
+        del self._processes[number]
+        self._serving.discard(number)
+        forget_gauges(directory, number)
         ended = f"exit code {code}" if code >= 0 else f"signal {-code}"
-        in_order = code == 0 or (not served and code == -signal.SIGTERM)
+        # Before it has handlers, and when Python has taken them away at its end, a signal ends it so.
+        in_order = code in (0, -signal.SIGTERM, -signal.SIGINT)
         return failure or f"A worker ended with {ended}.", in_order
 
-    async def _start(self, number: int, directory: str) -> Process:
+    def _start(self, number: int, directory: str) -> Popen[bytes]:
         with socket.socket(self._reserved.family, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -196,31 +203,28 @@ class Supervisor:
             # The same command and not a fork: a worker's name, and all else that must be random, is made
             # in it. In a process group of its own, because a terminal sends Ctrl-C to all of one, and the
             # parent passes it on.
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *sys.orig_argv[1:],
+            return Popen(
+                [sys.executable, *sys.orig_argv[1:]],
                 stdin=PIPE,
                 stdout=PIPE,
                 pass_fds=(listener.fileno(),),
                 process_group=0,
                 env=os.environ | {_PLACE: orjson.dumps(place).decode()},
             )
-        self._processes[number] = process
-        if self._stopping.is_set():
-            _signal(process, signal.SIGTERM)
-        return process
 
-    async def _hear(self, number: int, process: Process) -> str:
-        """Wait for what a worker says of its start; why it failed, "" if it serves or is just gone."""
-        assert process.stdout is not None
-        line = await process.stdout.readline()
-        if not line:
-            return ""
-        failure: str = orjson.loads(line).get("failed", "")
-        if not failure:
-            self._serving.add(number)
-            if len(self._serving) == self._count:
-                self._all_served.set()
+    async def _hear(self, number: int, process: Popen[bytes]) -> str:
+        """Take in what a worker says, until it is gone; why it does not serve, or ""."""
+        said = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(said), process.stdout
+        )
+        failure = ""
+        async for line in said:
+            failure = orjson.loads(line).get("failed", "")
+            if not failure:
+                self._serving.add(number)
+                if len(self._serving) == self._count:
+                    self._all_served.set()
         return failure
 
 
@@ -234,8 +238,3 @@ def _private_directory() -> Iterator[str]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _signal(process: Process, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(number)

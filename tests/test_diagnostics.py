@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,8 @@ from relay_process import RelayProcess
 from run_record import whole_run
 from scripted_upstream import Exchange, Gate, ScriptedUpstream
 
-from relay.diagnostics import RECENT, Diagnostics
+from relay.diagnostics import LISTED, RECENT, Colleagues, Diagnostics, merged
+from relay.errors import StartupError
 from relay.lifecycle import Reason, ending
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -150,3 +155,67 @@ def test_a_process_that_is_new_has_nothing_to_tell() -> None:
     assert Diagnostics().report((), (), 0.0) == {
         "open_runs": [], "readers": [], "ended_runs": [], "ended_readers": [],
     }  # fmt: skip
+
+
+def of_worker(number: int, **held: Any) -> dict[str, Any]:
+    """What a worker says of itself."""
+    lists = {kind: [] for kind in ("open_runs", "readers", "ended_runs", "ended_readers")}
+    return {"worker": number, "pid": 100 + number, "draining": False} | lists | held
+
+
+def test_the_lists_of_several_workers_keep_their_order_and_their_bounds() -> None:
+    reports = [
+        of_worker(
+            worker,
+            draining=worker == 2,
+            open_runs=[{"run": f"{worker}-{n}", "silent_s": 2 * n + worker} for n in reversed(range(LISTED))],
+            readers=[{"lag": 2 * n + worker} for n in reversed(range(LISTED))],
+            ended_runs=[{"at": f"{2 * n + worker:03}"} for n in range(RECENT)],
+            ended_readers=[{"at": f"{2 * n + worker:03}"} for n in range(RECENT)],
+        )
+        for worker in (1, 2)
+    ]
+    told = merged(reports)
+    assert told["draining"] is True
+    assert [run["silent_s"] for run in told["open_runs"]] == list(range(2 * LISTED, LISTED, -1))
+    assert told["open_runs"][0] == {"worker": 2, "run": f"2-{LISTED - 1}", "silent_s": 2 * LISTED}
+    assert [reader["lag"] for reader in told["readers"]] == list(range(2 * LISTED, LISTED, -1))
+    for kind in ("ended_runs", "ended_readers"):
+        assert [int(entry["at"]) for entry in told[kind]] == list(range(RECENT + 1, 2 * RECENT + 1))
+
+
+def test_a_worker_that_does_not_answer_is_shown_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second holds a run; the third is not there; the fourth stands still."""
+    monkeypatch.setattr("relay.diagnostics.ANSWER_S", 0.5)
+    held = {"run": "r", "silent_s": 1}
+
+    async def asked() -> dict[str, Any]:
+        directory = str(tmp_path)
+        first = Colleagues(1, 4, directory, lambda: of_worker(1))
+        second = Colleagues(2, 4, directory, lambda: of_worker(2, open_runs=[held]))
+        await first.start()
+        await second.start()
+        still = socket.socket(socket.AF_UNIX)
+        still.bind(str(tmp_path / "worker-4.sock"))
+        still.listen()
+        try:
+            return await first.report()
+        finally:
+            still.close()
+            second.close()
+            first.close()
+
+    told = asyncio.run(asked())
+    assert told["open_runs"] == [{"worker": 2} | held]
+    assert [(entry["worker"], entry["answers"]) for entry in told["workers"]] == [
+        (1, True), (2, True), (3, False), (4, False),
+    ]  # fmt: skip
+    assert told["workers"][3] == {"worker": 4, "pid": None, "answers": False}
+
+
+def test_workers_that_could_not_talk_to_each_other_do_not_start(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir()
+    with pytest.raises(StartupError, match="TMPDIR"):
+        asyncio.run(Colleagues(1, 2, str(deep), dict).start())
+    assert not os.listdir(deep)
