@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import orjson
 
@@ -39,6 +39,7 @@ from relay.errors import (
     UpstreamError,
     UpstreamInvalid,
 )
+from relay.frame import Frame
 from relay.ingest.naming import naming_rules, parse_json, stream_routes
 from relay.ingest.opening import SAID_OF_SUPERSEDED, open_run
 from relay.ingest.owned import OnEnded, OwnedRuns
@@ -220,11 +221,24 @@ Opening = Passed | PassedWhole | RunAnswer | StartedRun
 """What a request to upstream led to."""
 
 
+class Audience(Protocol):
+    """The readers of this process."""
+
+    def readers_of(self, stream: str) -> int:
+        """How many read a stream."""
+
+    def expect(self, stream: str) -> None:
+        """A run is about to be opened in the stream, and to be read."""
+
+    def opened(self, stream: str, started: Frame, sealed: bool) -> None:
+        """The run was opened; the stream is new, `started` is all it has, and it may be sealed."""
+
+
 class Proxy:
     """Calls upstream, opens runs and owns their pumps.
 
-    `owned` is told of every run; `readers_of` tells how many readers of this process a stream has;
-    `on_ended` is told of every run that is ended here.
+    `owned` is told of every run; `audience` of those that somebody here waits for; `on_ended` of every run
+    that is ended here.
     """
 
     def __init__(
@@ -233,7 +247,7 @@ class Proxy:
         journal: Journal,
         settings: Settings,
         owned: OwnedRuns,
-        readers_of: Callable[[str], int],
+        audience: Audience,
         on_ended: OnEnded,
     ) -> None:
         if settings.dialect and settings.dialect not in BY_NAME:
@@ -242,7 +256,7 @@ class Proxy:
         self._journal = journal
         self._settings = settings
         self._owned = owned
-        self._readers_of = readers_of
+        self._audience = audience
         self._on_ended = on_ended
         self._naming = naming_rules(settings.stream_from)
         self._resume_route = stream_routes("--resume-route", settings.resume_route)
@@ -495,7 +509,7 @@ class Proxy:
         def pump_of(writer: RunWriter) -> Pump:
             return Pump(writer, answer, parser, dialect, self._now())
 
-        pump, opened = await self._begin(opening, pump_of)
+        pump, opened = await self._begin(opening, pump_of, awaited=True)
         if opened.superseded:
             head.append((b"relay-frames-after", b"%d" % opened.frames_after))
         return RunAnswer(opening.stream, opening.run, opening.token, opened.start, answer.status, head, pump)
@@ -529,7 +543,7 @@ class Proxy:
             limit = self._settings.frame_max_bytes
             return CallingPump(writer, call, dialect, self._now(), limit, awaited)
 
-        pump, opened = await self._begin(opening, pump_of)
+        pump, opened = await self._begin(opening, pump_of, awaited)
         return opening, pump, opened
 
     def _check_room(self) -> None:
@@ -586,14 +600,16 @@ class Proxy:
         )
 
     async def _begin(
-        self, opening: RunOpening, pump_of: Callable[[RunWriter], SomePump]
+        self, opening: RunOpening, pump_of: Callable[[RunWriter], SomePump], awaited: bool
     ) -> tuple[SomePump, Opened]:
-        """Open a run and start its pump."""
+        """Open a run and start its pump. `awaited` says that a client is going to read it."""
         writer = RunWriter(self._journal, opening, self._settings, self._owned.memory)
         pump = pump_of(writer)
         self._owned.add(writer, pump.over)
         done = asyncio.get_running_loop().create_future()
         self._openings.add(done)
+        if awaited:
+            self._audience.expect(opening.stream)
         try:
             timeout_s = self._settings.journal_timeout_s
             opened = await open_run(self._journal, opening, timeout_s, self._on_ended)
@@ -609,7 +625,9 @@ class Proxy:
         finally:
             self._openings.discard(done)
             done.set_result(None)
-        writer.opened(opened)
+        started = writer.opened(opened)
+        if awaited and started is not None and started.seq == 1:
+            self._audience.opened(opening.stream, started, opening.seal)
         self._pumps[opening.stream, opening.run] = pump
         self._spawn(self._run(pump), self._tasks)
         if self._shut:
@@ -794,7 +812,7 @@ class Proxy:
         for (stream, _), pump in list(self._pumps.items()):
             if settings.max_run_s and now - pump.started_at > settings.max_run_s:
                 pump.stop(ending(Reason.MAX_RUN, f"The run was open for {settings.max_run_s:g} s."))
-            elif self._readers_of(stream) or not settings.abandon_s or not pump.may_be_abandoned:
+            elif self._audience.readers_of(stream) or not settings.abandon_s or not pump.may_be_abandoned:
                 pump.read_at = now
             elif now - pump.read_at > settings.abandon_s and can_ask:
                 can_ask = await self._abandon(stream, pump)

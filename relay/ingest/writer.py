@@ -14,7 +14,7 @@ import orjson
 
 from relay.cursor import ORIGIN, Cursor
 from relay.errors import Diverged, Fenced, JournalError, Rewound, RunEnded
-from relay.frame import CONTROL_EVENT, Event, run_started
+from relay.frame import CONTROL_EVENT, Event, Frame, run_started
 from relay.journal.base import Append, Appended, Held, Journal, Opened, RunOpening
 from relay.lifecycle import Ending
 from relay.settings import Settings
@@ -103,17 +103,19 @@ class RunWriter:
         """The fencing token."""
         return self._opening.writer
 
-    def opened(self, opened: Opened) -> None:
-        """The run was opened."""
+    def opened(self, opened: Opened) -> Frame | None:
+        """The run was opened. The frame that says so, unless others came with it of which only the journal
+        knows what they say."""
         self.acknowledged = opened.last
         if self._opening.owner:
             self._memory.add(self)
         if opened.last != opened.first:
-            return  # frames follow of which only the journal knows what they say
+            return None
         opening = self._opening
         metadata = orjson.loads(opening.metadata) if opening.metadata else None
-        started = Event(CONTROL_EVENT, run_started(opening.run, opening.dialect or None, metadata))
-        self._hold(0, opened.last, 0, (started,), 0, 0)
+        data = run_started(opening.run, opening.dialect or None, metadata)
+        self._hold(0, opened.last, 0, (Event(CONTROL_EVENT, data),), 0, 0)
+        return Frame(*opened.first, opening.run, CONTROL_EVENT, data)
 
     async def append(
         self,

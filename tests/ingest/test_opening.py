@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from audience import Audience
 from deaf_follower import DeafFollower
 from scripted_upstream import Exchange, ScriptedUpstream
 
@@ -119,7 +120,7 @@ async def _proxied(journal: SqliteJournal, settings: Settings) -> AsyncIterator[
     backend = Upstream(settings.upstream, settings)
     await backend.start()
     owned = OwnedRuns(settings, lambda *ended: None)
-    yield Proxy(backend, journal, settings, owned, lambda stream: 1, lambda *ended: None)
+    yield Proxy(backend, journal, settings, owned, Audience(1), lambda *ended: None)
     await backend.close()
     await journal.close()
 

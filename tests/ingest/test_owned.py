@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from audience import Audience
 from deaf_follower import DeafFollower
 from redis_server import RedisServer
 from rewinding import Rewinding, rewinding
@@ -106,12 +107,13 @@ class Served:
         self.upstream.on(f"/{self.name}", handler)
         self._backend = Upstream(self.upstream.url, self.ours.settings)
         await self._backend.start()
+        self.audience = Audience(1)
         self.proxy = Proxy(
             self._backend,
             self.journal,
             self.ours.settings,
             self.ours.runs,
-            lambda stream: 1,
+            self.audience,
             self.ours._count,
         )
         return self
@@ -486,7 +488,7 @@ def test_while_the_journal_is_away_it_is_asked_for_one_run_and_not_for_each(
             rewinding(kind, tmp_path, redis_server, ours) as journal,
             Served(ours, journal, upstream, name) as served,
         ):
-            served.proxy._readers_of = lambda stream: 0
+            served.audience.readers = 0
             for _ in range(3):
                 await served.open()
             watchers = journal.inner.watchers

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from audience import Audience
 from raw_client import RawAnswer, RawClient
 from reading import Reading
 from redis_server import RedisServer
@@ -1223,12 +1224,16 @@ def test_p7_a_client_that_leaves_its_regenerate_before_upstreams_head_does_not_s
 
 @contextlib.asynccontextmanager
 async def proxy_of(
-    journal: Any, owned: OwnedRuns, settings: Settings, upstream: ScriptedUpstream
+    journal: Any,
+    owned: OwnedRuns,
+    settings: Settings,
+    upstream: ScriptedUpstream,
+    audience: Audience | None = None,
 ) -> AsyncIterator[Proxy]:
-    """A proxy in this process; its streams have no readers."""
+    """A proxy in this process; its streams have no readers, unless an audience is given."""
     backend = Upstream(upstream.url, settings)
     await backend.start()
-    proxy = Proxy(backend, journal, settings, owned, lambda stream: 0, lambda *_: None)
+    proxy = Proxy(backend, journal, settings, owned, audience or Audience(0), lambda *_: None)
     yield proxy
     await proxy.drain()
     await backend.close()
@@ -1238,6 +1243,39 @@ def asking(name: str, if_busy: str = "supersede") -> Call:
     """A request for a stream of that name."""
     headers = [(b"relay-stream", name.encode()), (b"relay-if-busy", if_busy.encode())]
     return Call("GET", f"/{name}", f"/{name}", headers, None, "127.0.0.1", lambda: False)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+@pytest.mark.parametrize("if_busy", ["allow", "supersede"])
+def test_who_waits_for_a_run_is_told_how_its_stream_begins(
+    kind: str, if_busy: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    """In a stream that is new; where others may be writing, only the journal knows."""
+
+    async def check() -> None:
+        upstream.on_stream(f"/{name}", [b"data: one\n\n"])
+        settings, audience = Settings(drain_grace_s=60), Audience(1)
+        owned = OwnedRuns(settings, lambda *_: None)
+        async with (
+            rewinding(kind, tmp_path, redis_server, owned) as journal,
+            proxy_of(journal, owned, settings, upstream, audience) as proxy,
+        ):
+            assert isinstance(await proxy.open(asking(name, if_busy)), RunAnswer)
+            started = (await journal.frames(name))[0]
+            assert audience.told == [("expect", name), ("opened", name, started, False)]
+            await proxy.open(asking(name, if_busy))
+            assert audience.told[2:] == [("expect", name)]
+            call = Call("GET", f"/{name}", f"/{name}", [], None, "127.0.0.1", lambda: False)
+            unnamed = await proxy.open(call)
+            assert isinstance(unnamed, RunAnswer)
+            (started, *_) = await journal.frames(unnamed.stream)
+            assert audience.told[-1] == ("opened", unnamed.stream, started, True)
+            told = len(audience.told)
+            call.headers.append((b"prefer", b"respond-async"))
+            await proxy.open(call)
+            assert len(audience.told) == told, "nobody waits for it"
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])

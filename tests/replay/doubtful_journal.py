@@ -13,7 +13,7 @@ from typing import Any
 from relay.cursor import ORIGIN, Cursor
 from relay.errors import JournalUnavailable
 from relay.frame import Event, Frame
-from relay.journal.base import Append, Follower, Page, RunOpening, StreamInfo, StreamTop
+from relay.journal.base import Append, Follower, Opened, Page, RunOpening, StreamInfo, StreamTop
 from relay.journal.sqlite import SqliteJournal
 from relay.lifecycle import Reason, ending
 from relay.limits import Retention
@@ -117,11 +117,12 @@ class Stage:
         self.tails = tails
         self._next: dict[tuple[str, str], int] = {}
 
-    async def open(self, stream: str = "s", run: str = "r", *, seal: bool = False) -> None:
-        await self.journal.open_run(
+    async def open(self, stream: str = "s", run: str = "r", *, seal: bool = False) -> Opened:
+        opened: Opened = await self.journal.open_run(
             RunOpening(stream, run, "writer", f"token-{stream}-{run}", Retention(), seal=seal)
         )
         self._next[stream, run] = 1
+        return opened
 
     async def say(self, *words: str, stream: str = "s", run: str = "r", end: bool = False) -> None:
         """One append, so one hint."""

@@ -9,6 +9,7 @@ import pytest
 from replay.doubtful_journal import Nobody, Stage, staged
 
 from relay.cursor import ORIGIN, Cursor
+from relay.frame import CONTROL_EVENT, Frame, run_started
 from relay.replay.tail import Tail
 from relay.replay.view import EventsView
 
@@ -209,6 +210,82 @@ def test_a_stream_that_was_sealed_when_it_was_made_is_known_to_finish(tmp_path: 
             await stage.say("a", end=True)
             await stage.settled()
             assert tail.finished
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("seal", [False, True])
+def test_a_tail_that_was_told_of_its_streams_making_asks_nothing(tmp_path: Path, seal: bool) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            stage.tails.expect("s")
+            opened = await stage.open(seal=seal)
+            started = Frame(*opened.first, "r", CONTROL_EVENT, run_started("r", None, None))
+            stage.tails.opened("s", started, seal)
+            tail = stage.tails.acquire("s")
+            assert tail.next_chunk(VIEW, opened.start) is not None
+            assert (tail.top, tail.sealed, tail.run_is_open("r")) == (opened.last, seal, True)
+            await stage.say("a", "b")
+            await stage.settled()
+            assert held(tail) == ["a", "b"]
+            await stage.say("c", end=True)
+            await stage.settled()
+            assert (held(tail), tail.finished) == (["a", "b", "c"], seal)
+            assert stage.journal.reads == 0
+
+    asyncio.run(test())
+
+
+def test_a_tail_that_waits_to_be_told_asks_when_it_is_read_before(tmp_path: Path) -> None:
+    """The opening may fail, or be of a stream that has frames already."""
+
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            stage.tails.expect("s")
+            await stage.say("a")
+            await stage.until(lambda: True)
+            assert stage.journal.reads == 0
+            tail = stage.tails.acquire("s")
+            await stage.settled()
+            assert stage.journal.reads == 1
+            await stage.say("b")
+            await stage.settled()
+            assert held(tail) == ["b"]
+            late = Frame(1, tail.top.ms, "other", CONTROL_EVENT, run_started("other", None, None))
+            stage.tails.opened("s", late, True)
+            assert (held(tail), tail.sealed) == (["b"], False)
+
+    asyncio.run(test())
+
+
+def test_frames_that_were_missed_before_a_tail_was_told_are_found_with_the_next(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            stage.tails.expect("s")
+            opened = await stage.open()
+            stage.journal.withheld = []
+            await stage.say("missed")
+            stage.journal.withheld = None
+            started = Frame(*opened.first, "r", CONTROL_EVENT, run_started("r", None, None))
+            stage.tails.opened("s", started, False)
+            tail = stage.tails.acquire("s")
+            await stage.say("heard")
+            await stage.settled()
+            assert held(tail) == ["missed", "heard"]
+
+    asyncio.run(test())
+
+
+def test_a_tail_that_nobody_comes_to_read_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.replay.tail.LINGER_S", 0.0)
+
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            stage.tails.expect("s")
+            assert len(stage.tails) == 1
+            await stage.until(lambda: not len(stage.tails))
+            assert await stage.journal.watchers("s") == 0
 
     asyncio.run(test())
 
