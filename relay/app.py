@@ -62,6 +62,7 @@ from relay.replay.response import (
     send_problem,
     send_whole,
     serve_reader,
+    takes_gzip,
 )
 from relay.replay.tail import Tails
 from relay.replay.view import ProxiedNdjsonView, ProxiedSseView
@@ -239,7 +240,8 @@ class App:
             is_ours = path == "/relay" or path.startswith("/relay/")
             answer = await (self._api if is_ours else self._proxied)(scope, receive, send)
             if answer is not None:
-                end = await serve_reader(answer, self.readers, scope, send)
+                gzip = takes_gzip(scope, self.settings.compress)
+                end = await serve_reader(answer, self.readers, scope, send, gzip)
                 self.metrics.readers_ended.labels(end).inc()
                 self.diagnostics.reader_ended(answer.reader, end, _wall_ms())
         except ClientGone:

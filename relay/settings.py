@@ -99,6 +99,11 @@ class Settings:
     write_timeout_s: float = _setting(30.0, "A reader that takes nothing for so long is cut.")
     reader_max_s: float = _setting(3600.0, "A GET is rotated after about so long.")
     retry_ms: int = _setting(1000, "Pause that clients are told to keep before they reconnect.")
+    compress: str = _setting(
+        "remote",
+        "Compress streams for clients that accept it: remote ones, always, or never.",
+        choices=("remote", "always", "never"),
+    )
     group_ms: float = _setting(3.0, "Under load, one stream's frames are written together over so long.")
     ring_max_frames: int = _setting(4096, "Recent frames kept in memory per followed stream.")
     ring_max_bytes: int = _setting(1024 * 1024, "Recent data bytes kept in memory per followed stream.")

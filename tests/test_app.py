@@ -6,8 +6,10 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from producing import Producer
 from raw_client import RawAnswer, RawClient
 from reading import Reading
 from redis_server import RedisServer
@@ -365,3 +367,38 @@ def test_without_an_upstream_only_relays_own_routes_exist(fresh_journal: Callabl
         answer = ask(relay, "GET", "/x")
         assert (answer.status, answer.problem["code"]) == (404, "route_not_found")
         assert ask(relay, "GET", "/relay/healthz").status == 200
+
+
+# --- compression --------------------------------------------------------------------------------------
+
+
+def test_streams_are_compressed_for_who_accepts_it_and_nobody_else(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    upstream.on_stream(f"/{name}", [b"data: one\n\n", b"data: two\n\n"])
+    for accepted, coding in (("gzip", "gzip"), ("identity", None), ("gzip;q=0", None)):
+        with Reading(f"{relay.url}/{name}", Accept_Encoding=accepted) as proxied:
+            assert proxied.headers.get("content-encoding") == coding
+            assert [block.data for block in proxied.frames()] == ["one", "two"]
+            stream, last_id = proxied.headers["relay-stream"], proxied.last_id
+        with Reading(
+            f"{relay.url}/relay/v1/streams/{stream}/events?run=latest", Accept_Encoding=accepted
+        ) as events:
+            assert events.headers.get("content-encoding") == coding
+            assert [block.data for block in events.frames()] == ["one", "two"]
+        first = last_id.replace(last_id.split(".")[-1], "0-0")
+        with Reading(f"{relay.url}/{name}", Last_Event_ID=first, Accept_Encoding=accepted) as resumed:
+            assert resumed.headers.get("content-encoding") == coding
+            assert [block.data for block in resumed.frames()] == ["one", "two"]
+
+
+def test_unless_told_so_relay_compresses_nothing_for_its_own_machine(tmp_path: Path) -> None:
+    relay = RelayProcess.start(journal=f"sqlite:///{tmp_path}/relay.db", compress="remote")
+    try:
+        Producer(relay, "s").push("one", end="completed")
+        url = f"{relay.url}/relay/v1/streams/s/events?run=latest"
+        with Reading(url, Accept_Encoding="gzip") as events:
+            assert "content-encoding" not in events.headers
+            assert [block.data for block in events.frames()] == ["one"]
+    finally:
+        relay.stop()

@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from relay.cursor import Cursor, Standing, judge
 from relay.errors import CursorGone, JournalError, ResumeUnknown, UnknownRun, UnknownStream
 from relay.frame import Frame
 from relay.journal.base import Page, RunInfo
 from relay.limits import PAGE_MAX_FRAMES
+from relay.replay.sink import Sink
 from relay.replay.tail import WRITE_MAX_BYTES, Cohort, Patience, Tail, Tails
 from relay.replay.view import Chunk, View, chunk
 from relay.sse import encode_wire
@@ -26,20 +27,6 @@ Found = TypeVar("Found")
 
 JOURNAL_RETRY_S = 0.25
 """Pause of a reader whose journal is away."""
-
-
-class Sink(Protocol):
-    """Where a reader's bytes go."""
-
-    @property
-    def writable(self) -> bool:
-        """Whether what was written is taken, or nearly. Who writes before holds more for a slow client."""
-
-    async def until_writable(self) -> None:
-        """Wait for it; returns at once when the client is gone."""
-
-    def write(self, data: bytes) -> bool:
-        """Send something not empty, which is dropped when the client is gone; whether it is writable then."""
 
 
 class ReaderEnd(StrEnum):
@@ -323,7 +310,7 @@ class Reader:
         if self._leaving is not None:
             return
         self._sleep = asyncio.get_running_loop().create_future()
-        tail.follow(self, self.view, self._position, sink.write)
+        tail.follow(self, self.view, self._position, sink)
         try:
             await self._sleep
         finally:

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import IPv6Address, ip_address
 from typing import Any
 
 import orjson
 
 from relay.errors import RelayError, RunEnded
 from relay.replay.reader import LossUntold, Reader, ReaderEnd, Readers
+from relay.replay.sink import GzipSink, Sink, accepts_gzip
 
 log = logging.getLogger("relay.reader")
 
@@ -50,23 +52,32 @@ class StreamAnswer:
     released: Callable[[], None] | None = None
 
 
-async def serve_reader(answer: StreamAnswer, readers: Readers, scope: Scope, send: Send) -> ReaderEnd:
-    """Serve one reader to its end and say how it ended."""
-    reader, whole = answer.reader, answer.whole
+async def serve_reader(
+    answer: StreamAnswer, readers: Readers, scope: Scope, send: Send, gzip: bool = False
+) -> ReaderEnd:
+    """Serve one reader, compressed or not, to its end and say how it ended."""
+    reader, whole, headers = answer.reader, answer.whole, answer.headers
     connection = scope["extensions"][CONNECTION]
+    sink: Sink = connection
+    if gzip:
+        sink = GzipSink(connection)
+        headers = [*headers, (b"content-encoding", b"gzip"), (b"vary", b"Accept-Encoding")]
     readers.add(reader, connection.abort)
     connection.on_lost = partial(reader.leave, ReaderEnd.CLIENT_CLOSED)
     try:
         connection.begin_stream()
-        await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        del headers
         if answer.prime:
-            connection.write(answer.prime)
+            sink.write(answer.prime)
         try:
-            end = await reader.run(connection)
+            end = await reader.run(sink)
             complete = whole is None or (end is ReaderEnd.ENDED and await whole(reader))
         except LossUntold:
             end, complete = ReaderEnd.ERROR, False
         if complete:
+            if isinstance(sink, GzipSink):
+                sink.finish()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         else:
             connection.finish_and_abort()
@@ -77,6 +88,25 @@ async def serve_reader(answer: StreamAnswer, readers: Readers, scope: Scope, sen
             answer.released()
     log.info("reader ended stream=%s reason=%s cursor=%s", reader.stream, end, reader.position)
     return end
+
+
+def takes_gzip(scope: Scope, compress: str) -> bool:
+    """Whether an answer goes out compressed: if its client accepts it, and, of those that are not `always`
+    served so, if it is on another machine (a proxy on this one compresses better where it has to)."""
+    if compress == "never":
+        return False
+    values = [value for name, value in scope["headers"] if name == b"accept-encoding"]
+    if not accepts_gzip(b",".join(values).decode("latin-1")):
+        return False
+    return compress == "always" or not _is_local(scope["client"])
+
+
+def _is_local(client: tuple[str, int] | None) -> bool:
+    if client is None:  # a Unix socket
+        return True
+    address = ip_address(client[0].partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 async def send_whole(status: int, headers: Headers, body: bytes, send: Send) -> None:

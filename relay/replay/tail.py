@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 from relay.cursor import ORIGIN, Cursor, Standing, judge
@@ -19,6 +19,7 @@ from relay.errors import RelayError, UnknownStream
 from relay.frame import CONTROL_EVENT, Frame, is_opening, is_terminal
 from relay.journal.base import Journal
 from relay.limits import PAGE_MAX_BYTES, PAGE_MAX_FRAMES
+from relay.replay.sink import Deflater, GzipSink, Sink
 from relay.replay.view import Chunk, View, chunk
 from relay.settings import Settings
 from relay.sse import encode_wire
@@ -66,20 +67,44 @@ class Cohort:
     """Readers that stand at one position and are shown one view: what comes next is looked up once for all,
     written to one after the other, and their tasks sleep on."""
 
-    __slots__ = ("members", "position", "view", "written_at")
-
     def __init__(self, view: View, position: Cursor, written_at: float) -> None:
         self.view = view
         self.position = position
         self.written_at = written_at
-        self.members: dict[Follower, Callable[[bytes], bool]] = {}
-        """How each is written to; False says that it takes no more for now."""
+        self.members: dict[Follower, Sink] = {}
 
-    def take_in(self, other: Cohort) -> None:
-        """Let those of another cohort, which stands where this one does, be of this one."""
-        for member in other.members:
+    @property
+    def key(self) -> Hashable:
+        """What its members have in common."""
+        return self.view.key, self.position.seq, type(self)
+
+    def take_in(self, members: Mapping[Follower, Sink]) -> None:
+        """Let others that stand here be of it."""
+        self.members |= members
+        for member in members:
             member.cohort = self
-        self.members |= other.members
+
+    def write(self, data: bytes) -> Sequence[Follower]:
+        """Send data to each; those that take no more for now."""
+        return [member for member, sink in self.members.items() if not sink.write(data)]
+
+
+class GzipCohort(Cohort):
+    """One whose members all have gzip sinks, and who were all sent what its deflater has seen."""
+
+    members: dict[Follower, GzipSink]  # type: ignore[assignment]
+    _deflater: Deflater | None = None
+
+    def take_in(self, members: Mapping[Follower, Sink]) -> None:
+        """As any cohort."""
+        super().take_in(members)
+        self._deflater = None
+
+    def write(self, data: bytes) -> Sequence[Follower]:
+        """As any cohort."""
+        self._deflater = self._deflater or Deflater()
+        blocks = self._deflater.deflate(data)
+        return [member for member, sink in self.members.items() if not sink.write_deflated(blocks, data)]
 
 
 class Patience:
@@ -126,7 +151,7 @@ class Tail:
         self._chunks: dict[tuple[object, int], Chunk] = {}
         self._chunk_bytes = 0
         self._waiting: set[Sleeper] = set()
-        self._cohorts: dict[tuple[object, int], Cohort] = {}
+        self._cohorts: dict[Hashable, Cohort] = {}
         self._unsettled: list[tuple[Cursor, Sequence[Frame]]] = []
         self._doubted = False
         self._sealing_doubted = False
@@ -186,16 +211,13 @@ class Tail:
         """`sleeper` is not to be woken any more."""
         self._waiting.discard(sleeper)
 
-    def follow(
-        self, follower: Follower, view: View, position: Cursor, write: Callable[[bytes], bool]
-    ) -> None:
-        """Pass on to `follower`, who has all there is, what comes. Wakes it when that does not suffice."""
-        key = (view.key, position.seq)
-        cohort = self._cohorts.get(key)
-        if cohort is None:
-            cohort = self._cohorts[key] = Cohort(view, position, self._tails.now())
-        cohort.members[follower] = write
-        follower.cohort = cohort
+    def follow(self, follower: Follower, view: View, position: Cursor, sink: Sink) -> None:
+        """Write to the sink of `follower`, who has all there is, what comes. Wakes it when that does not
+        suffice."""
+        kind = GzipCohort if isinstance(sink, GzipSink) else Cohort
+        cohort = kind(view, position, self._tails.now())
+        cohort = self._cohorts.setdefault(cohort.key, cohort)
+        cohort.take_in({follower: sink})
 
     def unfollow(self, follower: Follower) -> None:
         """Pass nothing on to it any more."""
@@ -203,9 +225,8 @@ class Tail:
         assert cohort is not None
         follower.cohort = None
         del cohort.members[follower]
-        key = (cohort.view.key, cohort.position.seq)
-        if not cohort.members and self._cohorts.get(key) is cohort:
-            del self._cohorts[key]
+        if not cohort.members and self._cohorts.get(cohort.key) is cohort:
+            del self._cohorts[cohort.key]
 
     def _write_end(self, first: int) -> int:
         size = 0
@@ -439,7 +460,7 @@ class Tail:
             cohort.position = found.last
             if data := found.data:
                 cohort.written_at = self.active_at
-                for behind in [member for member, write in cohort.members.items() if not write(data)]:
+                for behind in cohort.write(data):
                     behind.wake()
             if found.last != self.top or self.finished:
                 _wake_members(cohort)
@@ -447,13 +468,12 @@ class Tail:
         self._keep(cohort)
 
     def _keep(self, cohort: Cohort) -> None:
-        key = (cohort.view.key, cohort.position.seq)
-        there = self._cohorts.get(key)
+        there = self._cohorts.get(cohort.key)
         if there is not None:
             if len(there.members) > len(cohort.members):
                 cohort, there = there, cohort
-            cohort.take_in(there)
-        self._cohorts[key] = cohort
+            cohort.take_in(there.members)
+        self._cohorts[cohort.key] = cohort
 
     def _wake(self) -> None:
         """Wake everybody: what they stand at may not be what it was."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ from replay.doubtful_journal import Stage, staged
 from relay.cursor import ORIGIN
 from relay.errors import Busy, UnknownStream
 from relay.replay.reader import Reader, ReaderEnd, Readers
-from relay.replay.response import CONNECTION, StreamAnswer, send_no_content, send_problem, serve_reader
+from relay.replay.response import (
+    CONNECTION,
+    StreamAnswer,
+    send_no_content,
+    send_problem,
+    serve_reader,
+    takes_gzip,
+)
 from relay.replay.view import EventsView, View
 
 
@@ -66,6 +74,7 @@ async def serve(
     *,
     whole: Callable[[Reader], Awaitable[bool]] | None = None,
     before: Callable[[Reader], None] = lambda reader: None,
+    gzip: bool = False,
 ) -> ReaderEnd:
     page = await stage.journal.read("s", ORIGIN, 1000, 10**6)
     reader = Reader(stage.tails, "s", view, ORIGIN, page)
@@ -75,7 +84,7 @@ async def serve(
     answer = StreamAnswer(
         reader, 201, [(b"a", b"b")], b"primed", whole, lambda: released.append(len(readers) == 0)
     )
-    end = await serve_reader(answer, readers, {"extensions": {CONNECTION: connection}}, connection.send)
+    end = await serve_reader(answer, readers, {"extensions": {CONNECTION: connection}}, connection.send, gzip)
     assert released == [True]
     assert connection.begun
     assert connection.on_lost is None
@@ -174,3 +183,49 @@ def test_an_error_is_a_problem_document() -> None:
         assert headers[b"content-length"] == b"%d" % len(connection.body)
         assert (b"retry-after" in headers) is (status == 503)
         assert json.loads(connection.body) == error.problem()
+
+
+@pytest.mark.parametrize(
+    ("compress", "host", "gzip"),
+    [
+        ("remote", "192.0.2.1", True),
+        ("remote", "2001:db8::1", True),
+        ("remote", "::ffff:192.0.2.1", True),
+        ("remote", "127.0.0.1", False),
+        ("remote", "127.8.8.8", False),
+        ("remote", "::1", False),
+        ("remote", "::ffff:127.0.0.1", False),
+        ("remote", "fe80::1%eth0", True),
+        ("remote", None, False),
+        ("always", "127.0.0.1", True),
+        ("always", None, True),
+        ("never", "192.0.2.1", False),
+    ],
+)
+def test_who_gets_streams_compressed(compress: str, host: str | None, gzip: bool) -> None:
+    client = None if host is None else (host, 40000)
+    accepts = [(b"accept-encoding", b"deflate"), (b"accept", b"*/*"), (b"accept-encoding", b"gzip")]
+    assert takes_gzip({"client": client, "headers": accepts}, compress) is gzip
+    assert not takes_gzip({"client": client, "headers": accepts[:2]}, compress)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_compressed_answer_is_a_whole_member_only_if_it_is_a_whole_answer(
+    tmp_path: Path, complete: bool
+) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            await stage.say("a", end=True)
+            connection = Connection()
+
+            async def whole(reader: Reader) -> bool:
+                return complete
+
+            await serve(stage, connection, view(), whole=whole, gzip=True)
+            assert (b"content-encoding", b"gzip") in connection.messages[0]["headers"]
+            member = zlib.decompressobj(31)
+            assert member.decompress(connection.body).startswith(b"primedid: 2-")
+            assert member.eof is complete
+
+    asyncio.run(test())
