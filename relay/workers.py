@@ -1,8 +1,8 @@
 """Several workers on one port: the parent that starts and watches them, and what a worker knows of it.
 
 The parent serves nothing. It reserves the port, runs its own command again once for each worker, and starts
-again what dies. A worker learns its place from one environment variable; its standard input ends when the
-parent is gone, and on its standard output it says once that it serves, or why it cannot.
+again what dies. A worker learns its place from one environment variable; by a pipe it says once that it
+serves, or why it cannot; its standard input ends when the parent is gone.
 
 Every worker listens on a socket of its own (SO_REUSEPORT), to which the kernel deals connections by a hash of
 their addresses. Connections here live long, so that where they begin is where the load stays. With one socket
@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from subprocess import PIPE, Popen
+from typing import IO
 
 import orjson
 
@@ -45,20 +46,21 @@ CLOSING_S = 10.0
 """Time that a worker gets for closing what is open, beyond what its settings let it wait for."""
 
 _PLACE = "_RELAY_WORKER_PLACE"
-_STDIN, _STDOUT = 0, 1
+_STDIN = 0
 
 
 @dataclass(frozen=True)
 class Worker:
     """A worker's place among the workers of its port, as its parent gave it.
 
-    `number` counts from 1 to `count` and stays when the process is replaced. `listener` is the descriptor of
-    a bound socket, `directory` what only the workers of this port share."""
+    `number` counts from 1 to `count` and stays when the process is replaced. `directory` is what only the
+    workers of this port share. `listener` and `parent` are descriptors: of a bound socket and of the pipe."""
 
     number: int
     count: int
-    listener: int
     directory: str
+    listener: int
+    parent: int
 
     @classmethod
     def of_this_process(cls) -> Worker | None:
@@ -78,10 +80,9 @@ class Worker:
         """Tell the parent what keeps this worker from serving."""
         self._say({"failed": why})
 
-    @staticmethod
-    def _say(words: dict[str, str]) -> None:
+    def _say(self, words: dict[str, str]) -> None:
         with contextlib.suppress(BrokenPipeError):
-            os.write(_STDOUT, orjson.dumps(words) + b"\n")
+            os.write(self.parent, orjson.dumps(words) + b"\n")
 
     def when_orphaned(self, drain: Callable[[], None]) -> None:
         """Call `drain` once when the parent is gone, also if it is already. Nobody starts this worker again
@@ -180,11 +181,12 @@ class Supervisor:
 
     async def _live(self, number: int, directory: str) -> tuple[str, bool]:
         """One process from its start to its end: what it died of, and whether it ended as if told to."""
-        process = self._processes[number] = self._start(number, directory)
+        process, pipe = self._start(number, directory)
+        self._processes[number] = process
         with process:
-            failure = await self._hear(number, process)
-            # What it speaks by was closed by its end, so that this does not wait. Nobody else waits for it
-            # either, as asyncio's own watchers would: a signal is never sent to who has its number next.
+            failure = await self._hear(number, pipe)
+            # The pipe was closed by its end, so that this does not wait. Nobody else waits for it either, as
+            # asyncio's own watchers would: a signal is never sent to who has its number next.
             code = process.wait()
         del self._processes[number]
         self._serving.discard(number)
@@ -194,30 +196,33 @@ class Supervisor:
         in_order = code in (0, -signal.SIGTERM, -signal.SIGINT)
         return failure or f"A worker ended with {ended}.", in_order
 
-    def _start(self, number: int, directory: str) -> Popen[bytes]:
-        with socket.socket(self._reserved.family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listener.bind(self._reserved.getsockname())
-            place = Worker(number, self._count, listener.fileno(), directory)
-            # The same command and not a fork: a worker's name, and all else that must be random, is made
-            # in it. In a process group of its own, because a terminal sends Ctrl-C to all of one, and the
-            # parent passes it on.
-            return Popen(
-                [sys.executable, *sys.orig_argv[1:]],
-                stdin=PIPE,
-                stdout=PIPE,
-                pass_fds=(listener.fileno(),),
-                process_group=0,
-                env=os.environ | {_PLACE: orjson.dumps(place).decode()},
-            )
+    def _start(self, number: int, directory: str) -> tuple[Popen[bytes], IO[bytes]]:
+        """The process, and what it says to its parent. Raises `OSError`."""
+        with contextlib.ExitStack() as if_it_fails:
+            heard, said = os.pipe()
+            pipe = if_it_fails.enter_context(os.fdopen(heard, "rb"))
+            with os.fdopen(said, "wb"), socket.socket(self._reserved.family, socket.SOCK_STREAM) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                listener.bind(self._reserved.getsockname())
+                place = Worker(number, self._count, directory, listener.fileno(), said)
+                # The same command and not a fork: a worker's name, and all else that must be random, is made
+                # in it. In a process group of its own, because a terminal sends Ctrl-C to all of one, and
+                # the parent passes it on.
+                process = Popen(
+                    [sys.executable, *sys.orig_argv[1:]],
+                    stdin=PIPE,
+                    pass_fds=(place.listener, place.parent),
+                    process_group=0,
+                    env=os.environ | {_PLACE: orjson.dumps(place).decode()},
+                )
+            if_it_fails.pop_all()
+        return process, pipe
 
-    async def _hear(self, number: int, process: Popen[bytes]) -> str:
+    async def _hear(self, number: int, pipe: IO[bytes]) -> str:
         """Take in what a worker says, until it is gone; why it does not serve, or ""."""
         said = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(said), process.stdout
-        )
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(said), pipe)
         failure = ""
         async for line in said:
             failure = orjson.loads(line).get("failed", "")

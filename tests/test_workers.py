@@ -389,18 +389,25 @@ def end_this() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+# What each of these programs begins with.
+SAYING = """
+import json, os, pathlib, signal, sys, time
+place = json.loads(os.environ["_RELAY_WORKER_PLACE"])
+def say(**words):
+    os.write(place["parent"], json.dumps(words).encode() + b"\\n")
+"""
+
+
 def test_a_worker_that_does_not_end_in_time_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-        "print('{}', flush=True); time.sleep(600)"
-    )
+    program = SAYING + "signal.signal(signal.SIGTERM, signal.SIG_IGN); say(); time.sleep(600)"
     assert asyncio.run(supervised(monkeypatch, program, end_this, closing_s=0.1)) is False
 
 
 def test_workers_that_end_when_told_have_ended_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = (
-        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
-        "print('{}', flush=True); time.sleep(600)"
+    """However they do it: one by itself, one by the signal."""
+    program = SAYING + (
+        "if place['number'] == 1: signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "print('not for the parent', flush=True); say(); time.sleep(600)"
     )
     assert asyncio.run(supervised(monkeypatch, program, end_this)) is True
 
@@ -426,23 +433,21 @@ def test_a_worker_that_cannot_be_replaced_at_once_is_tried_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each worker serves and dies, finds no journal twice, then the parent is told to end."""
-    program = f"""
-import json, os, pathlib, signal, sys, time
+    program = f"""{SAYING}
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-number = json.loads(os.environ["_RELAY_WORKER_PLACE"])["number"]
-starts = pathlib.Path({str(tmp_path)!r}, str(number))
+here = pathlib.Path({str(tmp_path)!r})
+starts = here / str(place["number"])
 with starts.open("a") as file:
     file.write("x")
-time_of_life = len(starts.read_text())
-print("{{}}" if time_of_life in (1, 4) else '{{"failed": "no journal"}}', flush=True)
-if time_of_life == 1:
-    while not pathlib.Path({str(tmp_path)!r}, "all-serve").exists():
+life = len(starts.read_text())
+say(**({{}} if life in (1, 4) else {{"failed": "no journal"}}))
+if life == 1:
+    while not (here / "all-serve").exists():
         time.sleep(0.01)
+if life < 4:
     sys.exit(1)
-if time_of_life < 4:
-    sys.exit(1)
-if number == 1:
-    while len(pathlib.Path({str(tmp_path)!r}, "2").read_text()) < 4:
+if place["number"] == 1:
+    while len((here / "2").read_text()) < 4:
         time.sleep(0.01)
     os.kill(os.getppid(), signal.SIGTERM)
 time.sleep(600)
