@@ -11,7 +11,7 @@ import msgpack  # type: ignore[import-untyped]
 import orjson
 
 from relay.frame import Event
-from relay.journal.base import RunOpening
+from relay.journal.base import Append, RunOpening
 from relay.journal.redis_connection import pack
 from relay.lifecycle import Ending
 from relay.limits import Retention
@@ -77,8 +77,11 @@ def in_ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
+_pack = msgpack.Packer(use_bin_type=False).pack
+
+
 def _packed(value: Any) -> bytes:
-    packed: bytes = msgpack.packb(value, use_bin_type=False)
+    packed: bytes = _pack(value)
     return packed
 
 
@@ -115,6 +118,22 @@ def packed_opening(opening: RunOpening) -> bytes:
 def packed_ending(end: Ending, error_events: Mapping[str, Event]) -> bytes:
     """What life.lua calls an ending."""
     return _packed([end.status.value, end.reason.value, end.error, error_json(end), dict(error_events)])
+
+
+def packed_append(batch: Append, channel: bytes) -> tuple[bytes, bytes]:
+    """What append.lua is given: all about a batch but its frames, then those, as followers get them."""
+    run, end, said = batch.run, batch.ending, batch.error_event
+    ended: tuple[str | bytes, ...] = ("", "", "", "")
+    if end is not None:
+        ended = (end.status.value, end.reason.value, end.error, error_json(end))
+    flat: list[str | bytes | int] = [0, 0, 0]
+    for event, data in batch.events if said is None else (*batch.events, said):
+        flat += (run, event, data)
+    about = (
+        run, batch.writer, batch.producer_seq, batch.text_bytes, batch.dialect, channel, *ended, batch.answer,
+        *batch.acknowledged, int(said is not None),
+    )  # fmt: skip
+    return _packed(about), _packed(flat)
 
 
 def error_json(end: Ending) -> bytes:

@@ -99,8 +99,8 @@ from relay.journal.redis_connection import (
 from relay.journal.redis_scripts import (
     Script,
     ScriptCommand,
-    error_json,
     in_ms,
+    packed_append,
     packed_bounds,
     packed_ending,
     packed_opening,
@@ -298,17 +298,7 @@ class RedisJournal:
     async def append(self, batch: Append) -> Appended:
         keys = self._keys(batch.stream)
         end = batch.ending
-        arguments: list[str | bytes | int] = [batch.run, batch.writer, batch.producer_seq]
-        arguments += (batch.text_bytes, batch.dialect, keys.channel)
-        if end is None:
-            arguments += (b"", b"", b"", b"", batch.answer, *batch.acknowledged, 0)
-        else:
-            arguments += (end.status.value, end.reason.value, end.error, error_json(end))
-            arguments += (batch.answer, *batch.acknowledged, int(batch.error_event is not None))
-        for event in batch.events:
-            arguments += event
-        if end is not None and batch.error_event is not None:
-            arguments += batch.error_event
+        arguments = packed_append(batch, keys.channel)
         reply = await self._script(self._writing, scripts.APPEND, (*keys[:5], keys.run(batch.run)), arguments)
         if reply[0] != b"ok":
             _refuse(reply, batch.stream, batch.run)
