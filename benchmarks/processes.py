@@ -90,9 +90,7 @@ class Process:
 
     def cpu_s(self) -> float:
         """User and system time it has used, from the operating system, in steps of a clock tick."""
-        # The second field is the name in brackets and may hold anything; utime and stime are 14 and 15.
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+        return cpu_s(self.pid)
 
     def rss_bytes(self) -> int:
         """Resident memory."""
@@ -302,6 +300,13 @@ class Cpu:
         busy = machine_busy_s() - self._machine_before - (time.process_time() - self._own_before)
         used = {name: process.cpu_s() - self._before[name] for name, process in self._processes.items()}
         return used | {"others": max(0.0, busy - sum(used.values()))}
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU, user and system, that a process has used, in steps of a clock tick."""
+    # The second field is the name in brackets and may hold anything; utime and stime are 14 and 15.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 
 def machine_busy_s() -> float:
