@@ -9,7 +9,7 @@ import hiredis
 import redis
 
 from benchmarks.load.producers import DATA
-from benchmarks.processes import Commands, Cpu, Lab, Server
+from benchmarks.processes import Commands, Cpu, Lab, Missing, Server
 from benchmarks.report import Report
 
 TITLE = "push ingest, Redis"
@@ -29,6 +29,7 @@ BUSY = 0.9
 """Share of a core from which on the generator may be what bounds a figure."""
 
 SINGLE = "relay, a frame a request, 1 connection"
+PEER = "Durable Streams"
 
 ADD_ALL = """
 local first = tonumber(ARGV[1])
@@ -44,6 +45,11 @@ def run(lab: Lab, quick: bool) -> Report:
     bench = _Bench(lab, report, window_s)
     batches = f"relay, batches of {BATCH}, {{}}"
     one, few = batches.format("1 connection"), batches.format(f"{CONNECTIONS} connections")
+    durable = None
+    try:
+        durable = lab.durable_streams()
+    except Missing as missing:
+        report.note(f"{missing}: no such row.")
     must, aim = (f"relay, {bodies} bodies, {pace}/s each" for pace in (PACE, FAST_PACE))
     for _ in range(rounds):
         report.add("bare XADD, pipelined by 100", _bare(bare_store, window_s / 3, by_script=False))
@@ -53,6 +59,9 @@ def run(lab: Lab, quick: bool) -> Report:
         bench.measure(SINGLE, "batches", 1, 1)
         bench.measure(must, "bodies", bodies, PACE)
         bench.measure(aim, "bodies", bodies, FAST_PACE)
+        if durable is not None:
+            for connections, size in ((CONNECTIONS, BATCH), (1, 1)):
+                bench.measure_durable(durable, connections, size)
 
     best = max((one, few), key=lambda label: report.rows[label].median("frames_per_s"))
     report.judge(
@@ -69,7 +78,8 @@ def run(lab: Lab, quick: bool) -> Report:
         "so the batches reach the bound of retention and trimming is part of them. Each connection waits for "
         "the answer to a batch before it sends the next. The bare rows journal nothing but entries: no "
         "run, no duplicates, no fencing, no message to followers; one Python process with hiredis keeps two "
-        "batches of 100 in flight, client_us is its own CPU."
+        "batches of 100 in flight, client_us is its own CPU. Durable Streams keeps what it takes in its own "
+        "memory, and as it is used here it knows no duplicates."
     )
     report.note(
         "cpu_us and redis_us are CPU per frame, redis_calls commands per frame, those inside scripts "
@@ -127,6 +137,29 @@ class _Bench:
         }
         with redis.Redis(port=self._store.port) as client:
             client.flushall()
+
+    def measure_durable(self, server: Server, connections: int, size: int) -> None:
+        """The same batches into the peer, which keeps them in its memory."""
+        arguments = (server.url, "durable-batches", str(connections), str(size))
+        producers = self._lab.program("benchmarks.load.producers", *arguments)
+        producers.answer()
+        cpu = Cpu({"server": server, "producers": producers})
+        producers.ask("begin")
+        time.sleep(self._window_s)
+        done = producers.ask("end")
+        used = cpu.used_s()
+        self._lab.stop(producers)
+        what = "a frame a request" if size == 1 else f"batches of {size}"
+        many = "1 connection" if connections == 1 else f"{connections} connections"
+        self._report.add(
+            f"{PEER}, {what}, {many}",
+            {
+                "frames_per_s": done["sent"] / done["seconds"],
+                "cpu_us": used["server"] / done["sent"] * 1e6,
+                "producers_cpu": used["producers"] / done["seconds"],
+                "others_cpu": used["others"] / done["seconds"],
+            },
+        )
 
 
 def _bare(store: Server, window_s: float, *, by_script: bool) -> dict[str, float]:

@@ -2,13 +2,15 @@
 
     python -m benchmarks.load.producers <base URL> batches <connections> <frames a batch>
         each sends a request with so many frames, and the next when it was answered
+    python -m benchmarks.load.producers <base URL> durable-batches <connections> <frames a batch>
+        the same into a server of the Durable Streams protocol
     python -m benchmarks.load.producers <base URL> bodies <connections> <frames a second and connection>
         each has one request whose body does not end, and writes one frame at a time into it
 
-Prints a line once every connection has a run of its own: `batches` in one stream, `bodies` in a stream
-each. Then on stdin: `begin` has them push, and `end` has them end, waits for what is still under way, and
-is answered with what was sent, what relay says that it appended, and how many seconds it took to the last
-answer.
+Prints a line once every connection may begin: `batches` all go into one stream, `bodies` into a stream each,
+and each connection has a run of its own. Then on stdin: `begin` has them push, and `end` has them end, waits
+for what is still under way, and is answered with what was sent, what the server says that it appended, and
+how many seconds it took to the last answer.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ DATA = b'{"n":1,"text":"Four score and seven years ago our fathers brought forth
 FRAME = orjson.dumps({"data": DATA.decode()})
 TICK_S = 0.001
 HEAD_END = b"\r\n\r\n"
+LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 
 class Crowd:
@@ -131,6 +134,42 @@ class Batches(Producer):
             crowd.changed.set()
 
 
+class DurableBatches(Batches):
+    """The same by the Durable Streams protocol, which knows no runs: an array is so many messages, and an
+    answer without a body says that all of them were appended."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._body = b"[" + b",".join([DATA] * self._size) + b"]"
+        stream = self._path.split("/")[4]
+        head = f"/{stream} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n".encode()
+        length = b"Content-Length: %d\r\n\r\n"
+        self._request = b"POST " + head + length % len(self._body) + self._body
+        self.transport.write(b"PUT " + head + length % 0)
+
+    def data_received(self, data: bytes) -> None:
+        received = self._received = self._received + data
+        if not received.endswith(LAST_CHUNK if b"\r\nTransfer-Encoding: chunked" in received else HEAD_END):
+            return
+        self._received = b""
+        if not received.startswith(b"HTTP/1.1 20"):
+            raise SystemExit(f"a producer was refused: {received!r}")
+        if self._run:
+            self.answered(self._size)
+        else:
+            self._run = "none"
+            self._crowd.waiting_for_run -= 1
+            self._crowd.changed.set()
+
+    def begin(self) -> None:
+        self._crowd.under_way += 1
+        self._send()
+
+    def _send(self) -> None:
+        self.transport.write(self._request)
+        self._crowd.sent += self._size
+
+
 class Body(Producer):
     """Writes frames into one request."""
 
@@ -178,10 +217,11 @@ async def main(base: str, way: str, connections: int, amount: int) -> None:
     producers: list[Producer] = []
     for number in range(connections):
         producer: Producer
-        if way == "batches":
-            producer = Batches(crowd, url.netloc, name, amount)
-        else:
+        if way == "bodies":
             producer = Body(crowd, url.netloc, f"{name}-{number}")
+        else:
+            kind = {"batches": Batches, "durable-batches": DurableBatches}[way]
+            producer = kind(crowd, url.netloc, name, amount)
         producers.append(producer)
         await loop.create_connection(lambda made=producer: made, str(url.hostname), url.port or 80)  # type: ignore[misc]
     await crowd.until_none("waiting_for_run")
