@@ -32,8 +32,8 @@ def run(lab: Lab, quick: bool) -> Report:
     few, many = (report.rows[_label(workers, f"{streams}x{RATE}/s")].median("cpu_us") for workers in WORKERS)
     report.note(
         f"At {streams}x{RATE}/s, CPU per frame of {WORKERS[-1]} workers is {many / few:.2f} of one's. cpu_us "
-        "is that of all workers, but also falls where they are late and batch (frames_per_append), so compare "
-        "it where that is alike. most_loaded and least_loaded are cores used by a worker: how evenly "
+        "is that of all workers, but also falls where they are late and batch (frames_per_append), so "
+        "compare it where that is alike. most_loaded and least_loaded are cores used by a worker: how evenly "
         "connections were dealt. `as fast as it goes` is upstreams that write what is taken; its latency is "
         "that of full buffers and not shown."
     )
@@ -41,8 +41,8 @@ def run(lab: Lab, quick: bool) -> Report:
     busy = WORKERS[-1] + 3
     if cores < busy:
         report.note(
-            f"Here {WORKERS[-1]} workers, Redis and the generators of load share {cores} cores. What this can "
-            "show is what the same frames cost with more workers, and how they are dealt; how far "
+            f"Here {WORKERS[-1]} workers, Redis and the generators of load share {cores} cores. What this "
+            "can show is what the same frames cost with more workers, and how they are dealt; how far "
             f"throughput grows shows only where each process has a core, {busy} in all."
         )
     return report
