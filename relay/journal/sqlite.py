@@ -5,6 +5,8 @@ one transaction, commits once, and only then answers the callers and tells the f
 that nobody hears of a frame that is not on disk. Between the commit and the callers stands a single
 `call_soon_threadsafe` per group.
 
+The log is copied into the database by a third thread, so that nobody who waits for a commit waits for that.
+
 Reads have two threads and connections of their own and see only what was committed. Each is one read
 transaction that ends before its rows leave the thread: a reader that stalls never holds back a checkpoint.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +57,7 @@ from relay.journal.base import (
     TakenOver,
 )
 from relay.journal.sqlite_file import (
+    connect,
     journal_error,
     lock_file,
     open_for_writing,
@@ -70,6 +74,10 @@ GROUP_MAX_OPERATIONS = 1024
 GROUP_MAX_BYTES = 8 * 1024 * 1024
 """Data bytes after which a group takes no further operation. The one that fills it is part of it."""
 SWEEP_EVERY_S = 60.0
+CHECKPOINT_AFTER = 250
+"""Operations after which the log is copied into the database: each leaves about four pages there."""
+CHECKPOINT_PAUSE_S = 0.2
+"""Between two checkpoints: the longer, the more often a page was changed that is copied once."""
 
 
 class SqliteJournal:
@@ -86,6 +94,7 @@ class SqliteJournal:
         self._lock: int | None = None
         self._writer: _Writer | None = None
         self._readers: Readers | None = None
+        self._checkpointer: _Checkpointer | None = None
 
     async def start(self, follower: Follower, owner: RunOwner | None = None) -> None:
         # Opening blocks the loop on purpose: nothing is served before it returns.
@@ -100,7 +109,9 @@ class SqliteJournal:
             raise
         self._lock = lock
         self._readers = Readers(self.path)
-        self._writer = _Writer(Store(db, self._clock_ms), self._loop, self._watched, follower, owner)
+        self._checkpointer = _Checkpointer(self.path, self._synchronous)
+        store, copied = Store(db, self._clock_ms), self._checkpointer.committed
+        self._writer = _Writer(store, self._loop, self._watched, follower, owner, copied)
         try:
             await self._write("", self._writer.store.end_orphans, owner.name if owner else "")
         except BaseException as error:
@@ -112,14 +123,15 @@ class SqliteJournal:
             raise
 
     async def close(self) -> None:
-        writer, readers, lock = self._writer, self._readers, self._lock
-        if writer is None or readers is None or lock is None:
+        writer, readers, checkpointer, lock = self._writer, self._readers, self._checkpointer, self._lock
+        if writer is None or readers is None or checkpointer is None or lock is None:
             return
-        self._writer = self._readers = self._lock = None
+        self._writer = self._readers = self._checkpointer = self._lock = None
 
         def shut() -> None:
-            # Readers first: the last connection to close is the one that checkpoints and removes the log.
+            # The writer last: the last connection to close is the one that checkpoints and removes the log.
             readers.close()
+            checkpointer.close()
             writer.close()
             os.close(lock)
 
@@ -302,6 +314,43 @@ class SqliteJournal:
         return await self._readers.run(query, self._clock_ms(), *arguments)
 
 
+class _Checkpointer:
+    """Copies what was committed from the log into the database, in a thread and over a connection of its own:
+    the writing thread would stand still meanwhile, and all who wait for it."""
+
+    def __init__(self, path: Path, synchronous: str) -> None:
+        self._db = connect(path)
+        self._db.execute(f"PRAGMA synchronous = {synchronous}")
+        self._wanted = threading.Event()
+        self._closing = threading.Event()
+        self._uncopied = 0
+        self._thread = threading.Thread(target=self._work, name="relay-sqlite-checkpointer", daemon=True)
+        self._thread.start()
+
+    def committed(self, operations: int) -> None:
+        """So many operations more are in the log. Does not wait."""
+        self._uncopied += operations
+        if self._uncopied >= CHECKPOINT_AFTER:
+            self._uncopied = 0
+            self._wanted.set()
+
+    def close(self) -> None:
+        """Finish, and end the thread. Blocks."""
+        self._closing.set()
+        self._wanted.set()
+        self._thread.join()
+        self._db.close()
+
+    def _work(self) -> None:
+        while self._wanted.wait() and not self._closing.is_set():
+            self._wanted.clear()
+            try:
+                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            except sqlite3.Error:
+                pass  # a full disk, say: the writer meets it too, and tells those concerned
+            self._closing.wait(CHECKPOINT_PAUSE_S)
+
+
 class _Writer:
     """The writing thread. Its queue needs no bound: it holds one operation of each waiting caller."""
 
@@ -312,8 +361,10 @@ class _Writer:
         watched: set[str],
         follower: Follower,
         owner: RunOwner | None,
+        on_commit: Callable[[int], None],
     ) -> None:
         self.store = store
+        self._on_commit = on_commit
         self.commits = 0
         self._loop = loop
         self._watched = watched
@@ -392,6 +443,7 @@ class _Writer:
                 operation.result, operation.error = None, journal_error(error) or error
             return []
         self.commits += 1
+        self._on_commit(len(group))
         return store.take_notices()
 
     def _news(self, notice: Notice) -> Callable[[], None] | None:

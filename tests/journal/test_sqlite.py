@@ -32,6 +32,7 @@ from relay.errors import JournalUnavailable, StartupError
 from relay.journal import sqlite
 from relay.journal.base import Appended
 from relay.journal.sqlite import SqliteJournal
+from relay.journal.sqlite_file import WAL_CHECKPOINT_PAGES
 from relay.limits import Retention
 
 # Restarts.
@@ -100,6 +101,7 @@ from relay.frame import Event
 from relay.journal.base import Append, RunOpening
 from relay.limits import Retention
 from relay.journal.sqlite import SqliteJournal
+from relay.journal.sqlite_file import WAL_CHECKPOINT_PAGES
 
 class Deaf:
     def on_frames(self, *told): ...
@@ -180,6 +182,7 @@ from pathlib import Path
 from relay.frame import Event
 from relay.journal.base import Append, RunOpening
 from relay.journal.sqlite import SqliteJournal
+from relay.journal.sqlite_file import WAL_CHECKPOINT_PAGES
 from relay.limits import Retention
 
 class Ear:
@@ -316,6 +319,19 @@ async def test_concurrent_appends_share_commits(path: Path) -> None:
         await asyncio.gather(*(journal.append(batch(seq, b"x", run=f"r{n}")) for n in range(50)))
     assert journal.commits - before < 500 / 5
     assert (await journal.describe("s")).extent.top.seq == 550
+    await journal.close()
+
+
+@on_a_loop
+async def test_what_is_committed_is_copied_out_of_the_log_while_the_journal_is_open(path: Path) -> None:
+    """Long before the log is so long that the writing thread has to do it."""
+    journal = await started(path)
+    await journal.open_run(opening())
+    for n in range(1, sqlite.CHECKPOINT_AFTER + 1):
+        await journal.append(batch(n, b"x" * 1000))
+    while os.stat(path).st_size < sqlite.CHECKPOINT_AFTER * 1000:
+        await journal.tops(["s"])
+    assert os.stat(f"{path}-wal").st_size < WAL_CHECKPOINT_PAGES * 4096
     await journal.close()
 
 
