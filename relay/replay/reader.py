@@ -384,9 +384,11 @@ class Readers:
 
     def visit(self, now: float) -> None:
         """Cut readers that take nothing, rotate those that are old, send heartbeats to idle ones."""
-        for reader, abort in list(self._open.items()):
+        # Not the items: a tuple a reader, every second, had the collector visit all there is every few.
+        for reader in list(self._open):
             if reader.blocked_since is not None:
                 if now - reader.blocked_since > self._write_timeout_s:
+                    abort = self._open[reader]
                     reader.leave(ReaderEnd.SLOW)
                     abort()
             elif reader.rotate_at is not None and now >= reader.rotate_at:
