@@ -21,6 +21,7 @@ WARM_UP = 50
 FILES_BESIDE = 200
 """Open files of a server that are no reader's."""
 
+COMING_MAX_S = 180.0
 SETTLE_S = 1.0
 IDLE_S = 2.0
 KIB = 1024
@@ -115,7 +116,7 @@ class _Idle:
     ) -> tuple[Process, dict[str, Any]]:
         sizes = [str(readers), str(streams), str(ON_THEIR_WAY)]
         audience = self._lab.program("benchmarks.load.audience", server.url, target, kind.live, *sizes)
-        return audience, audience.answer()
+        return audience, audience.answer(COMING_MAX_S)
 
     def _wake(self, label: str, publisher: Process, audience: Process) -> float:
         audience.ask("time")
