@@ -48,10 +48,10 @@ def run(lab: Lab, quick: bool) -> Report:
     report.judge("Redis connections of relay", max(max(row.rounds["redis_connections"]) for row in rows), 4)
     report.note(
         "Each row comes on top of the one before, in the same server. kib_per_reader is the growth of "
-        f"resident memory from {WARM_UP} readers to all of the row's, for each; connects_per_s and connect_us "
-        "are of those that the row adds, until all have what follows is live (of nchan: the answer's head), "
-        f"{ON_THEIR_WAY} on their way at a time. idle_cpu is the server's share of a core while nothing "
-        "happens, heartbeats included."
+        f"resident memory from {WARM_UP} readers to all of the row's, for each; connects_per_s and "
+        "connect_us are of those that the row adds, until all have what follows is live (of nchan: the "
+        f"answer's head), {ON_THEIR_WAY} on their way at a time. idle_cpu is the server's share of a core "
+        "while nothing happens, heartbeats included."
     )
     return report
 

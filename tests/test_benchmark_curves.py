@@ -1,4 +1,4 @@
-"""The benchmarks of scale run and say what they promise to say. What they measure is nobody's business here."""
+"""The benchmarks of scale run and say what they promise. What they measure is nobody's business here."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ PROMISED = {
         {"live_s", "rss_growth_mib", "redis_calls", "pages", "crowd_cpu"},
         [],
     ),
+    "scale_workers": ("2 workers, 20x50/s", {"frames_per_s", "cpu_us", "frames_per_append"}, []),
 }
 
 
