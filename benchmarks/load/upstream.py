@@ -162,8 +162,8 @@ class Pacer:
             for buckets in self._buckets.values():
                 for exchange in buckets[self._ticks % len(buckets)]:
                     exchange.write_frame()
-        # Not at the tick's own time: uvloop's timers have whole milliseconds, and what is due in less than half
-        # of one is called at once, again and again, which took more of a core than the writing.
+        # Not at the tick's own time: uvloop's timers have whole milliseconds, and what is due in less than
+        # half of one is called at once, again and again, which took more of a core than the writing.
         loop.call_later(TICK_S, self._tick)
 
 
