@@ -130,6 +130,10 @@ _EXEC = pack(b"EXEC")
 _POSITION = (b"created", b"earliest", b"last_seq", b"last_ms", b"largest")
 
 
+_make = tuple.__new__
+"""What `Frame()` calls, without the call: a fifth of the time of a long replay."""
+
+
 class _Keys(NamedTuple):
     frames: bytes
     meta: bytes
@@ -635,7 +639,7 @@ class RedisJournal:
         previous_seq, previous_ms, ms, *flat = msgpack.unpackb(payload, raw=True)
         names = _Names()
         frames = [
-            Frame(seq, ms, names[flat[at]], names[flat[at + 1]], flat[at + 2])
+            _make(Frame, (seq, ms, names[flat[at]], names[flat[at + 1]], flat[at + 2]))
             for seq, at in enumerate(range(0, len(flat), 3), previous_seq + 1)
         ]
         self._follower.on_frames(stream, Cursor(previous_seq, previous_ms), frames)
@@ -980,10 +984,9 @@ def _fields(flat: Sequence[bytes]) -> dict[str, str]:
 def _frames(entries: Sequence[Any]) -> list[Frame]:
     names = _Names()
     frames = []
-    make = tuple.__new__  # what Frame() calls, without the call: a fifth of the time of a long replay
     for entry_id, (_, run, _, event, _, data) in entries:
         seq, _, ms = entry_id.partition(b"-")
-        frames.append(make(Frame, (int(seq), int(ms), names[run], names[event], data)))
+        frames.append(_make(Frame, (int(seq), int(ms), names[run], names[event], data)))
     return frames
 
 
