@@ -16,6 +16,8 @@ STREAMS: tuple[int, ...] = (10, 100, 1000, 5000)
 WINDOW_S = 5.0
 """Twice the time between two frames of one of 5,000 streams."""
 
+OPENING_MAX_S = 180.0
+
 CONNECTIONS_A_STREAM = 2
 """relay's own: the client's and the one to upstream."""
 
@@ -57,7 +59,7 @@ def _measure(lab: Lab, report: Report, streams: int, rate: float, window_s: floa
     target = f"/paced?rate={rate}&shape=raw"
     viewers = lab.program("benchmarks.load.viewers", relay.url, target, str(streams))
     began = time.monotonic()
-    viewers.answer()
+    viewers.answer(OPENING_MAX_S)
     opening_s = time.monotonic() - began
     watched: dict[str, Process] = {
         "upstream": upstream, "viewers": viewers, "relay": relay, "redis": store,
