@@ -68,7 +68,8 @@ class Reading:
             headers.setdefault("Accept_Encoding", "gzip")
         parts = urlsplit(url)
         assert parts.hostname is not None
-        self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=DEADLINE_S)
+        assert parts.port is not None
+        self._connection = self._connect(parts.hostname, parts.port)
         target = parts.path + ("?" + parts.query if parts.query else "")
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         self._connection.request(method, target, body, names)
@@ -78,6 +79,9 @@ class Reading:
         self.last_id = ""
         is_gzip = self.headers.get("content-encoding") == "gzip"
         self._body = GzipBody(self._response) if is_gzip else self._response
+
+    def _connect(self, host: str, port: int) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(host, port, timeout=DEADLINE_S)
 
     def lines(self) -> Iterator[str]:
         """Lines without their ends; a broken answer raises http.client.IncompleteRead or ConnectionError."""
