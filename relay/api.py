@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route, Router
 
+from relay.browser_client import browser_client_routes
 from relay.cursor import Cursor, ResumeId, Standing, judge
 from relay.errors import (
     Busy,
@@ -89,6 +90,7 @@ class Api:
                 Route("/relay/healthz", self.healthz),
                 Route("/relay/readyz", self.readyz),
                 Route("/relay/metrics", self.metrics),
+                *browser_client_routes(),
             ],
             redirect_slashes=False,
         )
