@@ -36,6 +36,7 @@ from relay.limits import (
 )
 from relay.metrics import CONTENT_TYPE
 from relay.ndjson import NDJSON
+from relay.replay.pages import SharedPage
 from relay.replay.reader import Reader, cursor_gone, ended_at, find, lately_replaced
 from relay.replay.request import JSON, ReadRequest, read_limit, read_request, read_time
 from relay.replay.response import (
@@ -380,9 +381,11 @@ class EventsEndpoint:
 
     async def _place(
         self, info: StreamInfo, run: RunInfo | None, request: ReadRequest, cursor: Cursor | None
-    ) -> tuple[Cursor, Page]:
+    ) -> tuple[Cursor, SharedPage]:
         """Where the reader stands, and what the journal holds after it."""
-        read = partial(self._app.journal.read, info.stream)
+        # Whoever asks for a page itself is shown all that was accepted before.
+        is_page = request.media_type == JSON
+        read = partial((self._fresh if is_page else self._app.tails.pages.read), info.stream)
         nothing_to_show = request.run is not None and run is None
         bounds = (1, 1) if nothing_to_show else _page_bounds(request)
         if cursor is None:
@@ -395,6 +398,10 @@ class EventsEndpoint:
             return cursor, page
         # What stood before the run is not shown to this reader, so it loses none of it.
         return run.start, await read(run.start, *bounds)
+
+    async def _fresh(self, stream: str, after: Cursor, max_frames: int, max_bytes: int) -> SharedPage:
+        async with self._app.tails.pages.slots:
+            return SharedPage._make(await self._app.journal.read(stream, after, max_frames, max_bytes))
 
     async def _ask_to_come_back(self, stream: str, request: ReadRequest, reason: str, send: Send) -> None:
         view = request.view(None)
@@ -409,7 +416,7 @@ class _Place(NamedTuple):
     info: StreamInfo
     run: RunInfo | None
     position: Cursor
-    page: Page
+    page: SharedPage
 
 
 class News:

@@ -253,6 +253,8 @@ class App:
                 raise  # uvicorn breaks the connection
             log.exception("a request failed: %s %s", scope["method"], path)
             await send_problem(RelayError("relay failed; its log says why."), send)
+        finally:
+            scope["extensions"].clear()  # or the request would know itself, and stay for the collector
 
     async def _proxied(self, scope: Scope, receive: Receive, send: Send) -> StreamAnswer | None:
         call = _call(scope, receive)

@@ -28,9 +28,11 @@ from relay.demo import sample_agent
 from relay.errors import RelayError, StartupError
 from relay.journal.base import Journal
 from relay.metrics import share_metrics
-from relay.server import RelayServer, server
+from relay.server import RelayServer, allow_connections, server
 from relay.settings import Settings
 from relay.workers import Supervisor, Worker
+
+log = logging.getLogger("relay.cli")
 
 _URL = click.option("--url", envvar="RELAY_URL", default="http://127.0.0.1:8080", show_default=True)
 
@@ -220,6 +222,8 @@ def _work(worker: Worker, options: dict[str, Any]) -> None:
 async def _serve(settings: Settings, ready: Callable[[str], None], worker: Worker | None = None) -> None:
     """Run relay until it is told to stop. `ready` is called when it serves, with the URL where."""
     _check_bind(settings)
+    wanted = settings.readers_max + settings.open_runs_max
+    allowed = allow_connections(wanted)
     with worker.socket() if worker else _listen(settings.host, settings.port) as listener:
         app = App(settings, open_journal(settings), worker)
         try:
@@ -235,7 +239,14 @@ async def _serve(settings: Settings, ready: Callable[[str], None], worker: Worke
             gc.collect()
             # What start-up made stays; a quarter of a replay's CPU went into the collector's visits to it.
             gc.freeze()
+            # Nothing that a request or run leaves behind knows itself, so that only what is young has to be
+            # visited: a full collection stops 5,000 open runs for the better part of a second.
+            gc.set_threshold(700, 10, 1000)
             ready(url)
+            if allowed < wanted:
+                log.info(
+                    "open files are limited to %d connections; readers and runs may be %d", allowed, wanted
+                )
             await task
         finally:
             await app.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
@@ -37,6 +38,10 @@ def in_chunk(data: bytes) -> bytes:
         coded = b"%x\r\n%b\r\n" % (len(data), data)
         _last_chunk = data, coded
     return coded
+
+
+SPARE_FILES = 256
+"""Files that a process has open besides connections of clients and of upstream."""
 
 
 class Gate:
@@ -259,6 +264,9 @@ class RelayProtocol(HttpToolsProtocol):
         for exchange in self._exchanges:
             if exchange.on_lost is not None:
                 exchange.on_lost()
+        # They know each other: only a full collection, which is kept rare, would find them.
+        self._exchanges = []
+        self.cycle = None  # type: ignore[assignment]
 
     def send_400_response(self, msg: str) -> None:
         """A request that is not HTTP."""
@@ -339,6 +347,17 @@ class RelayServer(uvicorn.Server):
         """Let runs and readers end, then close."""
         await self._drain()
         await super().shutdown(sockets)
+
+
+def allow_connections(wanted: int) -> int:
+    """Let this process have so many connections open at once, or as many as it may; how many. Systems begin
+    with 1024 files a process, for programs that count on it (select), and let each ask for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted + SPARE_FILES if hard == resource.RLIM_INFINITY else min(wanted + SPARE_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft = allowed
+    return wanted if soft == resource.RLIM_INFINITY else min(wanted, soft - SPARE_FILES)
 
 
 def server(app: Any, drain: Callable[[], Awaitable[None]], grace_s: float = 5.0) -> RelayServer:

@@ -164,7 +164,7 @@ def test_a_streaming_answer_carries_the_headers_that_keep_it_from_being_stored_o
             assert reading.headers["content-type"] == media_type
             assert reading.headers["cache-control"] == "no-cache, no-store, no-transform"
             assert reading.headers["x-accel-buffering"] == "no"
-            assert reading.headers["vary"] == "Last-Event-ID"
+            assert reading.headers["vary"] == "Last-Event-ID, Accept-Encoding"
 
 
 def test_a_stream_that_ended_says_bye_and_closes(relay: RelayProcess, upstream: ScriptedUpstream) -> None:

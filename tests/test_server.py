@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 
 import pytest
 from producing import Producer
@@ -338,3 +340,17 @@ def test_one_piece_of_data_is_put_into_a_chunk_once() -> None:
     assert in_chunk(data) is coded
     assert in_chunk(other) == b"12c\r\n" + other + b"\r\n"
     assert in_chunk(data) == coded
+
+
+def test_a_process_lets_itself_have_the_connections_it_wants_as_far_as_it_may() -> None:
+    script = (
+        "import resource, sys\n"
+        "from relay.server import SPARE_FILES, allow_connections\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, min(hard, 4000) if hard > 0 else 4000))\n"
+        "print(allow_connections(100), allow_connections(1000), allow_connections(9000))\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], SPARE_FILES)\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    some, more, most, limit, spare = map(int, printed.stdout.split())
+    assert (some, more, most, limit) == (100, 1000, 4000 - spare, 4000)

@@ -18,10 +18,10 @@ from relay.errors import CursorGone, JournalError, ResumeUnknown, UnknownRun, Un
 from relay.frame import Frame
 from relay.journal.base import Page, RunInfo
 from relay.limits import PAGE_MAX_FRAMES
+from relay.replay.pages import SharedPage
 from relay.replay.sink import Sink
 from relay.replay.tail import WRITE_MAX_BYTES, Cohort, Patience, Tail, Tails
-from relay.replay.view import Chunk, View, chunk
-from relay.sse import encode_wire
+from relay.replay.view import Chunk, View
 
 Found = TypeVar("Found")
 
@@ -57,7 +57,7 @@ class Reader:
         stream: str,
         view: View,
         position: Cursor,
-        page: Page | None,
+        page: SharedPage | None,
         *,
         resumed: bool = False,
         ended_at: int | None = None,
@@ -74,7 +74,7 @@ class Reader:
         self._written_at = tails.now()
         self._tails = tails
         self._tail: Tail | None = None
-        self._page: Page | None = page
+        self._page: SharedPage | None = page
         self._resumed = resumed
         self._ended_at = ended_at
         self._run_unsure = False  # whether the run's terminal frame may be among what was lost
@@ -195,11 +195,8 @@ class Reader:
                 tail.doubt()
                 await self._wait(tail, JOURNAL_RETRY_S)
 
-    async def _read_page(self) -> Page:
-        async with self._tails.page_slots:
-            return await self._tails.journal.read(
-                self.stream, self.position, PAGE_MAX_FRAMES, WRITE_MAX_BYTES
-            )
+    async def _read_page(self) -> SharedPage:
+        return await self._tails.pages.read(self.stream, self.position, PAGE_MAX_FRAMES, WRITE_MAX_BYTES)
 
     def _waits_while(self, tail: Tail, behind: bool) -> bool:
         # A tail that began a new generation meanwhile has waited for the journal already.
@@ -214,7 +211,7 @@ class Reader:
             await self._say_loss(standing, page)
         # After a reset the page does not hold what comes next; the next turn reads it.
         if page.frames and page.frames[0].seq == self.position.seq + 1:
-            found = chunk(self.view, page.frames, [encode_wire(frame) for frame in page.frames])
+            found = page.chunk(self.view)
             del page  # a stalled client holds the bytes written, not the frames they were made of
             self._pass_on(found)
 
@@ -285,7 +282,7 @@ class Reader:
         frames = page.frames
         if not frames or frames[0].seq != extent.earliest_seq:
             try:
-                frames = (await self._tails.journal.read(self.stream, extent.before_earliest, 1, 1)).frames
+                frames = (await self._tails.pages.read(self.stream, extent.before_earliest, 1, 1)).frames
             except (JournalError, UnknownStream):
                 return None
         # It may have been trimmed since the page was read: then nothing is said, rather than of two times.

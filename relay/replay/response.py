@@ -30,7 +30,7 @@ each write to each reader; it also tells a response of a lost client, and breaks
 STREAMING_HEADERS: Headers = [
     (b"cache-control", b"no-cache, no-store, no-transform"),
     (b"x-accel-buffering", b"no"),
-    (b"vary", b"Last-Event-ID"),
+    (b"vary", b"Last-Event-ID, Accept-Encoding"),
 ]
 
 
@@ -61,7 +61,7 @@ async def serve_reader(
     sink: Sink = connection
     if gzip:
         sink = GzipSink(connection)
-        headers = [*headers, (b"content-encoding", b"gzip"), (b"vary", b"Accept-Encoding")]
+        headers = [*headers, (b"content-encoding", b"gzip")]
     readers.add(reader, connection.abort)
     connection.on_lost = partial(reader.leave, ReaderEnd.CLIENT_CLOSED)
     try:

@@ -19,6 +19,7 @@ from relay.errors import RelayError, UnknownStream
 from relay.frame import CONTROL_EVENT, Frame, is_opening, is_terminal
 from relay.journal.base import Journal
 from relay.limits import PAGE_MAX_BYTES, PAGE_MAX_FRAMES
+from relay.replay.pages import Pages
 from relay.replay.sink import Deflater, GzipSink, Sink
 from relay.replay.view import Chunk, View, chunk
 from relay.settings import Settings
@@ -35,14 +36,14 @@ LINGER_S = 5.0
 UNSETTLED_MAX_BATCHES = 256
 """Batches kept aside while the journal is read; what comes beyond that is read from the journal too."""
 
-PAGES_AT_ONCE = 32
-"""Journal pages read at the same time by this process, so that a storm of reconnects stays in bounds."""
-
 RETRY_S = 0.25
 """Pause before a doubt that the journal could not settle is put to it again; doubled up to the next one."""
 
 RETRY_MAX_S = 2.0
 
+
+QUIET_CHECK_STRETCH = 8
+"""So many times `quiet_check_s` lie between two checks of a stream that has long been quiet."""
 
 QUIET_SHARE_MAX = 6
 """A flush to many readers takes a while, and the next comes after this many times as long, at most: as few as
@@ -141,6 +142,8 @@ class Tail:
         """Counts the times the journal was found to be another than the one read before."""
         self.readers = 0
         self.active_at = 0.0
+        self.check_at = 0.0
+        """Not to be compared with the journal before, if it stays quiet."""
         self._tails = tails
         self._sealed = False
         self._open_runs: set[str] = set()
@@ -297,7 +300,7 @@ class Tail:
             while self._doubted:
                 self._doubted = False
                 try:
-                    async with self._tails.page_slots:
+                    async with self._tails.pages.slots:
                         caught_up = await self._read_journal()
                     if not caught_up:
                         self._doubted = True
@@ -432,6 +435,7 @@ class Tail:
     def _flush_soon(self) -> None:
         """The first frame after quiet is passed on at once; under load, those that come together are."""
         now = self.active_at = self._tails.now()
+        self.check_at = 0.0
         if now >= self._flush_due:
             self._flush()
         elif self._flush_timer is None:
@@ -510,7 +514,7 @@ class Tails:
         self.settings = settings
         self.group_s = settings.group_ms / 1000
         self.held_bytes = 0
-        self.page_slots = asyncio.Semaphore(PAGES_AT_ONCE)
+        self.pages = Pages(journal)
         self._tails: dict[str, Tail] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -564,14 +568,18 @@ class Tails:
 
     async def check_quiet(self) -> None:
         """Compare streams that were quiet for a while with the journal: a lost hint shows here, and so does
-        a tail that still waits to be told that it is followed."""
-        horizon = self.now() - self.settings.quiet_check_s
-        quiet = [tail for tail in self._tails.values() if tail.active_at <= horizon]
+        a tail that still waits to be told that it is followed. The longer one is quiet, the rarer it is."""
+        now, quiet_s = self.now(), self.settings.quiet_check_s
+        quiet = [
+            tail for tail in self._tails.values() if tail.check_at <= now and tail.active_at <= now - quiet_s
+        ]
         if not quiet:
             return
+        for tail in quiet:
+            tail.check_at = now + min(now - tail.active_at, quiet_s * QUIET_CHECK_STRETCH)
         tops = await self.journal.tops([tail.stream for tail in quiet])
         for tail in quiet:
-            if tail.active_at > horizon:
+            if tail.active_at > now:
                 continue
             top, sealed = tops.get(tail.stream, (ORIGIN, False))
             if not tail.known or top != tail.top:

@@ -15,6 +15,7 @@ from relay.cursor import ORIGIN, Cursor
 from relay.errors import JournalUnavailable, ResumeUnknown, UnknownRun, UnknownStream
 from relay.frame import Frame
 from relay.journal.base import Page
+from relay.replay.pages import SharedPage
 from relay.replay.reader import LossUntold, Reader, ReaderEnd, Readers, find
 from relay.replay.tail import WRITE_MAX_BYTES
 from relay.replay.view import EventsView, View
@@ -41,7 +42,7 @@ class Client:
             self.taking.set()
 
     async def __aenter__(self) -> Client:
-        page = await self.stage.journal.real.read("s", self.after, 1000, WRITE_MAX_BYTES)
+        page = SharedPage._make(await self.stage.journal.real.read("s", self.after, 1000, WRITE_MAX_BYTES))
         self.reader = Reader(
             self.stage.tails, "s", self.view, self.after, page, rotate_at=self.stage.tails.now() + 3600
         )
@@ -490,7 +491,7 @@ def test_p6_a_stalled_reader_holds_the_bytes_written_and_not_what_they_were_made
                     return self.writable
 
             stage.journal.read = watched_read
-            first_pages = [None, await watched_read("s", ORIGIN, 1000, WRITE_MAX_BYTES)]
+            first_pages = [None, SharedPage._make(await watched_read("s", ORIGIN, 1000, WRITE_MAX_BYTES))]
             while first_pages:
                 reader = Reader(stage.tails, "s", events_view(), ORIGIN, first_pages.pop())
                 task = asyncio.create_task(reader.run(Stalling()))

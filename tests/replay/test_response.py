@@ -14,6 +14,7 @@ from replay.doubtful_journal import Stage, staged
 
 from relay.cursor import ORIGIN
 from relay.errors import Busy, UnknownStream
+from relay.replay.pages import SharedPage
 from relay.replay.reader import Reader, ReaderEnd, Readers
 from relay.replay.response import (
     CONNECTION,
@@ -76,7 +77,7 @@ async def serve(
     before: Callable[[Reader], None] = lambda reader: None,
     gzip: bool = False,
 ) -> ReaderEnd:
-    page = await stage.journal.read("s", ORIGIN, 1000, 10**6)
+    page = SharedPage._make(await stage.journal.read("s", ORIGIN, 1000, 10**6))
     reader = Reader(stage.tails, "s", view, ORIGIN, page)
     before(reader)
     readers = Readers(15, 30)

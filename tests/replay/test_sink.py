@@ -13,6 +13,7 @@ import pytest
 from replay.doubtful_journal import Stage, staged
 
 from relay.cursor import ORIGIN
+from relay.replay.pages import SharedPage
 from relay.replay.reader import Reader
 from relay.replay.sink import Deflater, GzipSink, accepts_gzip
 from relay.replay.tail import GzipCohort
@@ -137,7 +138,7 @@ def all_have(readers: list[Served], seq: int) -> bool:
 
 async def arrive(stage: Stage) -> Served:
     wire = Wire()
-    page = await stage.journal.real.read("s", ORIGIN, 1000, 10**6)
+    page = SharedPage._make(await stage.journal.real.read("s", ORIGIN, 1000, 10**6))
     reader = Reader(stage.tails, "s", EventsView(None, "events", False, False), ORIGIN, page)
     return reader, wire, asyncio.create_task(reader.run(GzipSink(wire)))
 
