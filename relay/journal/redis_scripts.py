@@ -122,10 +122,11 @@ def packed_ending(end: Ending, error_events: Mapping[str, Event]) -> bytes:
 
 def packed_append(batch: Append, channel: bytes) -> tuple[bytes, bytes]:
     """What append.lua is given: all about a batch but its frames, then those, as followers get them."""
-    run, end, said = batch.run, batch.ending, batch.error_event
+    run, end, said = batch.run, batch.ending, None
     ended: tuple[str | bytes, ...] = ("", "", "", "")
     if end is not None:
         ended = (end.status.value, end.reason.value, end.error, error_json(end))
+        said = batch.error_event
     flat: list[str | bytes | int] = [0, 0, 0]
     for event, data in batch.events if said is None else (*batch.events, said):
         flat += (run, event, data)

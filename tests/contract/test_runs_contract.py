@@ -274,6 +274,13 @@ async def test_the_error_event_comes_before_the_terminal_frame_and_is_not_counte
     assert (await journal.describe(stream)).last_data == 3
 
 
+async def test_an_error_event_without_an_ending_is_not_journaled(journal: Journal, stream: str) -> None:
+    await journal.open_run(opening(stream, answer=PROXIED))
+    answer = await journal.append(batch(stream, 1, "a", error_event=ERROR_EVENT))
+    assert (answer.appended, answer.next_seq) == (1, 2)
+    assert data(await everything(journal, stream))[1:] == [b"a"]
+
+
 async def test_an_ending_with_its_error_event_can_be_retried(journal: Journal, stream: str) -> None:
     await journal.open_run(opening(stream))
     last = batch(stream, 1, "a", ending=FAILED, error_event=ERROR_EVENT)
