@@ -1,0 +1,138 @@
+"""A page that reads streams with relay-stream.js, as relay serves it, and notes what it is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from playwright.sync_api import BrowserContext, Page, Request
+from relay_process import RelayProcess
+from scripted_upstream import Exchange, ScriptedUpstream
+
+# What a tab shows of a chat outlives its reloads in sessionStorage, as its cursor does.
+PAGE = b"""<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>chats</title><link rel="icon" href="data:,"></head>
+<body><script type="module">
+import * as client from "/relay/static/relay-stream.js";
+const chats = {};
+function open(stream, options = {}) {
+  const kept = JSON.parse(sessionStorage.getItem(`shown ${stream}`));
+  const chat = { text: "", ids: [], control: [], ...kept, states: [], end: null, error: null };
+  const keep = () => {
+    const { text, ids, control } = chat;
+    sessionStorage.setItem(`shown ${stream}`, JSON.stringify({ text, ids, control }));
+  };
+  chats[stream] = chat;
+  chat.subscription = client.subscribe(stream, {
+    store: { key: `cursor ${stream}` },
+    onFrame(frame) {
+      chat.text += frame.data;
+      chat.ids.push(frame.id);
+      keep();
+    },
+    onControl(control) {
+      chat.control.push(control);
+      keep();
+    },
+    onState: (state) => chat.states.push(state),
+    onError: (error) => (chat.error = `${error.code ?? ""} ${error.message}`),
+    onEnd: (end) => (chat.end = end.reason),
+    ...options,
+  });
+}
+Object.assign(window, { client, chats, open });
+</script></body>
+</html>"""
+
+OWN_TIME = """
+// Pauses that are not short never end: what goes on nevertheless was woken by something else.
+const begin = setTimeout;
+window.setTimeout = (callback, ms, ...rest) => (ms < 200 ? begin(callback, ms, ...rest) : 0);
+Math.random = () => 1;
+"""
+
+
+def serve_chat_page(upstream: ScriptedUpstream) -> None:
+    """Have upstream serve the page at `/chats`."""
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer("200 OK", PAGE, "text/html")
+
+    upstream.on("/chats", handler)
+
+
+class ChatPage:
+    """A tab, and what its client was told."""
+
+    def __init__(self, context: BrowserContext, url: str, before: str = "") -> None:
+        self.page: Page = context.new_page()
+        self.asked: list[str] = []
+        self.page.on("request", self._asked)
+        if before:
+            self.page.add_init_script(before)
+        self.go(url)
+
+    def go(self, url: str) -> None:
+        """Open the page anew."""
+        answer = self.page.goto(f"{url}/chats")
+        assert answer is not None
+        assert answer.ok, answer.text()
+        self._await_client()
+
+    def reload(self) -> None:
+        """As a person does."""
+        self.page.reload()
+        self._await_client()
+
+    def _await_client(self) -> None:
+        self.page.wait_for_function("window.open !== undefined && window.client !== undefined")
+
+    def _asked(self, request: Request) -> None:
+        if "/events" in request.url:
+            self.asked.append(request.url)
+
+    def open(self, stream: str, **options: Any) -> None:
+        """Subscribe."""
+        self.page.evaluate("([stream, options]) => open(stream, options)", [stream, options])
+
+    def close(self, stream: str) -> None:
+        """Leave one chat."""
+        self.page.evaluate("stream => chats[stream].subscription.close()", stream)
+
+    def look(self, stream: str, expression: str) -> Any:
+        """A member of what is noted of a chat: `text`, `ids`, `end`, `subscription.role`, …"""
+        return self.page.evaluate(f"stream => chats[stream].{expression}", stream)
+
+    def await_(self, stream: str, condition: str, arg: Any = None) -> None:
+        """Wait for a condition on `chat` and `arg`."""
+        script = f"([stream, arg]) => {{ const chat = chats[stream]; return {condition}; }}"
+        self.page.wait_for_function(script, arg=[stream, arg])
+
+    def await_text(self, stream: str, text: str) -> None:
+        """Wait until as much is shown, and look whether it is this."""
+        length = len(text.encode("utf-16-le")) // 2  # as JavaScript counts
+        self.await_(stream, "chat.text.length >= arg", length)
+        assert self.look(stream, "text") == text
+
+    def expect_whole(self, stream: str, text: str) -> None:
+        """This text, of frames that all came once, in order."""
+        self.await_text(stream, text)
+        seqs = [int(frame_id.partition("-")[0]) for frame_id in self.look(stream, "ids")]
+        assert seqs == sorted(set(seqs))
+
+    def await_no_lock(self) -> None:
+        """Wait until no tab of this origin reads for others, or waits to do so."""
+        self.page.wait_for_function(
+            "navigator.locks.query().then(({ held, pending }) => held.length + pending.length === 0)"
+        )
+
+
+def await_readers(page: ChatPage, relay: RelayProcess, count: int) -> None:
+    """Wait until relay serves so many readers. (The page asks, so that nothing here is polled in a loop.)"""
+    page.page.wait_for_function(
+        """async ([url, count]) => {
+            const text = await (await fetch(url)).text();
+            return Number(/^relay_readers_open (\\S+)/m.exec(text)[1]) === count;
+        }""",
+        arg=["/relay/metrics", count],
+    )
