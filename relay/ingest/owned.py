@@ -112,9 +112,9 @@ class OwnedRuns:
     async def check(self, journal: Journal) -> None:
         """Ask what became of the runs that were silent since the last check. Raises `JournalError`."""
         try:
-            silent = self._silent()
-            for first in range(0, len(silent), ASKED_AT_ONCE):
-                asked = silent[first : first + ASKED_AT_ONCE]
+            keys = list(self._runs)
+            for first in range(0, len(keys), ASKED_AT_ONCE):
+                asked = self._silent(keys[first : first + ASKED_AT_ONCE])
                 states = await journal.states([key for key, _, _ in asked])
                 for (key, run, acknowledged), state in zip(asked, states, strict=True):
                     await self._judge(journal, key, run, acknowledged, state)
@@ -127,11 +127,11 @@ class OwnedRuns:
             self._doubtful = True
             raise
 
-    def _silent(self) -> Sequence[tuple[tuple[str, str], _Run, Cursor]]:
-        """Runs of which nothing was heard, with the newest frame that their writers know."""
+    def _silent(self, keys: Sequence[tuple[str, str]]) -> Sequence[tuple[tuple[str, str], _Run, Cursor]]:
+        """Those of some runs of which nothing was heard, with the newest frame that their writers know."""
         now = _now()
         silent = []
-        for key, run in [(key, run) for key, runs in self._runs.items() for run in runs]:
+        for key, run in [(name, run) for name in keys for run in self._runs.get(name, ())]:
             acknowledged = run.writer.acknowledged
             if run.over is None and now >= run.until:
                 self._forget(run.writer)

@@ -809,7 +809,12 @@ class Proxy:
         """End runs that are too old or that nobody reads; write endings that the journal did not take."""
         now, settings = self._now(), self._settings
         can_ask = True
-        for (stream, _), pump in list(self._pumps.items()):
+        # By their names, which are there already: a new object a run, each second, makes the collector visit
+        # everything.
+        for key in list(self._pumps):
+            pump, stream = self._pumps.get(key), key[0]
+            if pump is None:
+                continue
             if settings.max_run_s and now - pump.started_at > settings.max_run_s:
                 pump.stop(ending(Reason.MAX_RUN, f"The run was open for {settings.max_run_s:g} s."))
             elif self._audience.readers_of(stream) or not settings.abandon_s or not pump.may_be_abandoned:

@@ -33,7 +33,8 @@ class Sink(Protocol):
         """Wait for it; returns at once when the client is gone."""
 
     def write(self, data: bytes) -> bool:
-        """Send something not empty, which is dropped when the client is gone; whether it is writable then."""
+        """Send something not empty, which is dropped when the client is gone; whether it is writable then.
+        Tells nobody, while it lasts, that the client left."""
 
 
 class Deflater:

@@ -42,6 +42,9 @@ RETRY_S = 0.25
 RETRY_MAX_S = 2.0
 
 
+ASKED_AT_ONCE = 200
+"""Streams whose ends the journal is asked for at once."""
+
 QUIET_CHECK_STRETCH = 8
 """So many times `quiet_check_s` lie between two checks of a stream that has long been quiet."""
 
@@ -573,10 +576,13 @@ class Tails:
         quiet = [
             tail for tail in self._tails.values() if tail.check_at <= now and tail.active_at <= now - quiet_s
         ]
-        if not quiet:
-            return
+        for first in range(0, len(quiet), ASKED_AT_ONCE):
+            await self._check(quiet[first : first + ASKED_AT_ONCE])
+
+    async def _check(self, quiet: Sequence[Tail]) -> None:
+        now, longest_s = self.now(), self.settings.quiet_check_s * QUIET_CHECK_STRETCH
         for tail in quiet:
-            tail.check_at = now + min(now - tail.active_at, quiet_s * QUIET_CHECK_STRETCH)
+            tail.check_at = now + min(now - tail.active_at, longest_s)
         tops = await self.journal.tops([tail.stream for tail in quiet])
         for tail in quiet:
             if tail.active_at > now:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -107,6 +108,21 @@ class Connection:
     def response_started(self) -> bool:
         return self._client.status > 0
 
+    def begin_stream(self) -> None:
+        assert not self.response_started
+
+    @property
+    def writable(self) -> bool:
+        return self._client.stalled is None
+
+    async def until_writable(self) -> None:
+        if self._client.stalled is not None:
+            await self._client.stalled.wait()
+
+    def write(self, data: bytes) -> bool:
+        self._client.take(data)
+        return self.writable
+
     def abort(self) -> None:
         asyncio.get_running_loop().call_soon(self._client.leave)
 
@@ -155,6 +171,7 @@ class Client:
         self.resumes = False
         self.hello: dict[str, Any] | None = None
         self.connection = Connection(self)
+        self._gunzip: Any = None
         self._parser = Lines() if self.wish.kind == "ndjson" else EventStream()
         self._page = b""
 
@@ -202,6 +219,8 @@ class Client:
             "client": ("127.0.0.1", 1),
             "extensions": {CONNECTION: self.connection},
         }
+        if self.number % 3 == 0:
+            headers.append((b"accept-encoding", b"gzip"))
         self.log.append(f"connect at state {self.connected_at}: {'&'.join(query)} {headers[-1][1].decode()}")
         self.task = loop.create_task(app(scope, self._receive, self._send))
 
@@ -217,17 +236,29 @@ class Client:
             if self.status:
                 raise Violation(f"{self}: a second response was started")
             self.status = message["status"]
+            if (b"content-encoding", b"gzip") in message["headers"]:
+                self._gunzip = zlib.decompressobj(31)
             return
-        data: bytes = message["body"]
+        self.take(message["body"])
+        if not message.get("more_body", False):
+            self.ended = True
+            if self._gunzip is not None and not self._gunzip.eof:
+                raise Violation(f"{self}: a whole answer holds a piece of a gzip member")
+
+    def take(self, data: bytes) -> None:
+        """A piece of a body came."""
+        if self.gone:
+            return
+        if self._gunzip is not None:
+            data = self._gunzip.decompress(data)
         if self.cut_after is not None and len(data) >= self.cut_after:
             self.inbox.append(data[: self.cut_after])
-            self.leave()
+            self.gone = True
+            asyncio.get_running_loop().call_soon(self.leave)  # nobody is told so while he writes
             return
         if self.cut_after is not None:
             self.cut_after -= len(data)
         self.inbox.append(data)
-        if not message.get("more_body", False):
-            self.ended = True
 
     def leave(self) -> None:
         """The connection is lost."""

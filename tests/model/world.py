@@ -75,6 +75,7 @@ class World:
         self._page_max_frames = page_max_frames
         self._settings = Settings(
             group_ms=0,
+            compress="always",
             ring_max_frames=ring_max_frames,
             ring_max_bytes=200_000,
             rings_max_bytes=300_000,
