@@ -14,8 +14,8 @@ const SILENCE_MS = 45_000;
 const ANSWER_MS = 1000;
 /** The lock of a stream that has ended is kept so long, or the next tab would take over and ask once more. */
 const AFTER_END_MS = 1000;
-/** A hole that is still there after so many tries is no accident of one connection. */
-const HOLES_MAX = 3;
+/** What is wrong with so many answers in a row is no accident of one connection. */
+const WRONG_MAX = 3;
 /** Messages that wait for a slow iterator, before the connection is given up until it has caught up. */
 const QUEUE_MAX = 1000;
 /** How often an `ask` is made whose answer was lost on the way. */
@@ -154,7 +154,7 @@ export class RelayError extends Error {
 
   /** Whether the same request may be granted later. */
   get passing() {
-    return PASSING.has(this.status) || (this.status >= 500 && this.status !== 501);
+    return PASSING.has(this.status) || !(this.status === 501 || (this.status >= 400 && this.status < 500));
   }
 
   static async of(response) {
@@ -176,8 +176,9 @@ export class RelayError extends Error {
   }
 }
 
+const NOT_A_STREAM = "not_a_stream";
 const notAStream = ({ status }) =>
-  new RelayError("The answer is no event stream.", { status, code: "not_a_stream" });
+  new RelayError("The answer is no event stream.", { status, code: NOT_A_STREAM });
 
 // --- requests ----------------------------------------------------------------------------------------------
 
@@ -299,7 +300,7 @@ class Reader {
   #leaveMs = undefined; // the pause after a connection that was left on purpose
   #idleTurns = 0;
   slot = null;
-  #holes = 0;
+  #wrong = 0;
   #byFetch = false; // an EventSource was refused, and does not say why
 
   constructor(request, hooks) {
@@ -393,11 +394,14 @@ class Reader {
         ? await this.#byEventSource(visit.signal, alive)
         : await this.#byFetchOf(visit.signal, alive);
       if (verdict?.end) return verdict;
-      this.#holes = 0;
+      this.#wrong = 0;
       return { heard, waitMs: verdict?.waitMs ?? this.#leaveMs };
     } catch (error) {
-      if (error instanceof Hole && ++this.#holes >= HOLES_MAX) return { end: "error", error };
       if (error instanceof RelayError && !error.passing) return { end: "error", error };
+      // A head that was cut has no content type, or half a one: browsers take it for whole over plain HTTP.
+      const wrong = error instanceof Hole || error.code === NOT_A_STREAM;
+      this.#wrong = wrong ? this.#wrong + 1 : 0;
+      if (this.#wrong >= WRONG_MAX) return { end: "error", error };
       if (visit.signal.aborted) return { heard, waitMs: this.#leaveMs };
       if (!this.#request.resumable) return { end: "error", error };
       const asked = error instanceof RelayError ? error.retryAfterMs : null;

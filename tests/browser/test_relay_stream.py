@@ -75,7 +75,7 @@ def test_a_page_cut_at_random_bytes_shows_each_frame_once_and_asks_no_more_after
         page = pages(proxy)
         proxy.cut_all()
         limit = proxy.connections + CYCLES
-        proxy.plan = lambda number: dice.randrange(3000) if number < limit else None
+        proxy.plan = lambda number: dice.randrange(300, 1100) if number < limit else None
         page.open(name, eventSource=event_source)
         said = ""
         for part in range(10):

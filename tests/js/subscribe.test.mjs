@@ -145,9 +145,16 @@ for (const status of [408, 425, 429, 500, 502, 503, 504]) {
   });
 }
 
-test("an answer that is no event stream is an error", async () => {
-  const relay = new ScriptedRelay().then(async () => new Response("<html>", { headers: { "Content-Type": "text/html" } }));
+test("an answer that is no event stream is an error when it comes again and again", async () => {
+  const page = async () => new Response("<html>", { headers: { "Content-Type": "text/html" } });
+  const relay = new ScriptedRelay().then(stream(["retry: 1\n\n"]), page, page, page, noContent);
   assert.equal((await open(relay).done).error.code, "not_a_stream");
+  assert.equal(relay.requests.length, 4);
+});
+
+test("a head that was cut, and so has no content type, is asked for again", async () => {
+  const relay = new ScriptedRelay().then(stream(["retry: 1\n\n"]), async () => new Response(""), noContent);
+  assert.equal((await open(relay).done).reason, "ended");
 });
 
 test("a relay that cannot be reached is asked again until it can, at random within a growing time", async (t) => {
