@@ -70,6 +70,11 @@ CHROMIUM = Tool(
         "apk": ("chromium",),
     },
 )
+NODE = Tool(
+    "node",
+    ("node",),
+    {"apt-get": ("nodejs",), "brew": ("node",), "dnf": ("nodejs",), "apk": ("nodejs",)},
+)
 
 INSTALL = {
     "apt-get": ("apt-get", "install", "-y", "-q", "--no-install-recommends"),
@@ -230,7 +235,7 @@ def demo(args: list[str]) -> int:
 
 def setup(args: list[str]) -> int:
     ensure_venv("test")
-    ensure_tools(REDIS, CHROMIUM)
+    ensure_tools(REDIS, CHROMIUM, NODE)
     return 0
 
 
