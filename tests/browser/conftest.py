@@ -63,10 +63,25 @@ def page(context: BrowserContext) -> Page:
 def swift_relay(
     journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RelayProcess]:
-    """A relay a journal that lets browsers come back at once, shared by the tests of this folder."""
+    """A relay a journal that lets browsers come back at once, shared by the tests of this folder. It sends
+    plain bytes, so that a cut can be anywhere in them."""
     if journal_url.startswith("sqlite"):  # a file has one process
         journal_url = f"sqlite:///{tmp_path_factory.mktemp('browser') / 'relay.db'}"
-    with RelayProcess.start(journal=journal_url, upstream=upstream.url, retry_ms=RETRY_MS) as process:
+    with RelayProcess.start(
+        journal=journal_url, upstream=upstream.url, retry_ms=RETRY_MS, compress="never"
+    ) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def packing_relay(
+    upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RelayProcess]:
+    """One that compresses."""
+    journal = f"sqlite:///{tmp_path_factory.mktemp('packing') / 'relay.db'}"
+    with RelayProcess.start(
+        journal=journal, upstream=upstream.url, retry_ms=RETRY_MS, compress="always"
+    ) as process:
         yield process
 
 

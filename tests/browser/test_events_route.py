@@ -71,6 +71,30 @@ def test_an_event_source_cut_at_random_bytes_gets_each_frame_once_and_stops(
     assert upstream.calls(agent) == 1
 
 
+def test_an_event_source_cut_at_random_bytes_of_a_compressed_stream_gets_each_frame_once(
+    packing_relay: RelayProcess, upstream: ScriptedUpstream, agent: str, page: Page, dice: random.Random
+) -> None:
+    gate = upstream.gate()
+    upstream.on(agent, in_parts(gate))
+    events = events_of(begin_answer(packing_relay, agent), "control=events")
+    typed = behind_content_type(packing_relay, events)
+    with TcpProxy.running(packing_relay.port) as proxy:
+        tab = Tab(page, f"{proxy.url}/reader")
+        proxy.cut_all()
+        first = proxy.connections
+        cuts = [typed + dice.randrange(300) for _ in range(CUTS)]
+        proxy.plan = lambda number: cuts[number - first] if number - first < len(cuts) else None
+        tab.read(events)
+        for text in text_of_parts():
+            gate.pass_one()
+            tab.await_text(text)
+        tab.await_closed()
+    assert tab.text() == TEXT
+    assert len(tab.frames()) == len(set(tab.frames())) == len(FRAMES)
+    assert tab.statuses == [200] * (len(tab.statuses) - 1) + [204]
+    assert len(tab.statuses) > CUTS / 2
+
+
 @pytest.mark.parametrize("control", ["events", "comments", "none"])
 def test_a_browser_is_told_its_pause_before_anything_else(
     swift_relay: RelayProcess, upstream: ScriptedUpstream, agent: str, control: str
