@@ -131,8 +131,8 @@ export function subscribe(stream: string, options?: SubscribeOptions): Subscript
 export type AskOptions = AddressOptions & Callbacks & Pick<SubscribeOptions, "envelope" | "silenceMs">;
 
 /**
- * Make a request (POST unless `init` says otherwise) whose answer is a stream that relay proxies, and read that
- * answer to its end, over cuts. It gets an `Idempotency-Key`, and is made again when its answer was lost.
+ * Make a request (POST unless `init` says otherwise) whose answer is a stream that relay proxies, and read
+ * that answer to its end, over cuts. It gets an `Idempotency-Key`, and is made again when its answer was lost.
  * Rejects with a RelayError where the answer is a refusal or no stream.
  */
 export function ask(input: string | URL, init?: RequestInit, options?: AskOptions): Promise<Subscription>;
@@ -191,8 +191,8 @@ interface ChatRequest {
 }
 
 /**
- * A `ChatTransport` for the AI SDK's `useChat`: answers survive cuts and reloads. A chat's stream has its id for
- * a name, so relay is started with `--stream-from body:/id`.
+ * A `ChatTransport` for the AI SDK's `useChat`: answers survive cuts and reloads. A chat's stream has its id
+ * for a name, so relay is started with `--stream-from body:/id`.
  */
 export class RelayChatTransport<MESSAGE = any> {
   readonly resumeStreamIsReplay: boolean;

@@ -29,7 +29,7 @@ const TURN_MS = 500;
 /** A connection on which frames come keeps its slot so long. */
 const BUSY_TURN_MS = 10_000;
 /** A chat that had nothing new in several turns asks for one this often. */
-const IDLE_PAUSE_MAX_MS = 15_000;
+const IDLE_PAUSE_MAX_MS = 5000;
 
 /** Control frames of one connection. Those that are not here are in the journal and have a seq. */
 const OF_CONNECTION = new Set(["hello", "gap", "reset", "live", "bye", "heartbeat"]);
@@ -246,7 +246,7 @@ const hidden = () => globalThis.document?.visibilityState === "hidden";
 
 /** Whether connections to this address are known to share one (HTTP/2, HTTP/3), so that none need wait. */
 function multiplexed(url) {
-  const origin = new URL(url || "/", globalThis.location?.href ?? "http://localhost").origin;
+  const { origin } = new URL(url || "/", globalThis.document?.baseURI ?? globalThis.location.href);
   const entries = (type) => globalThis.performance?.getEntriesByType?.(type) ?? [];
   return [...entries("navigation"), ...entries("resource")].some(
     (entry) => entry.name.startsWith(`${origin}/`) && /^h[23]/.test(entry.nextHopProtocol),
@@ -296,12 +296,13 @@ class Reader {
   #pause = null; // what ends the pause, or the wait for a slot, that is under way
   #heardAt = 0;
   #framesAt = 0;
+  #hadNews = false; // on this connection
   #retryMs = RETRY_MS;
   #leaveMs = undefined; // the pause after a connection that was left on purpose
   #idleTurns = 0;
-  slot = null;
   #wrong = 0;
   #byFetch = false; // an EventSource was refused, and does not say why
+  #slot = null;
 
   constructor(request, hooks) {
     this.#request = request;
@@ -321,7 +322,7 @@ class Reader {
 
   /** The page is not looked at any more: its slot is for those that are. */
   stepBack() {
-    if (FRONT_SLOTS.includes(this.slot?.name)) this.#leave(0);
+    if (FRONT_SLOTS.includes(this.#slot?.name)) this.#leave(0);
   }
 
   #isSilent() {
@@ -333,20 +334,24 @@ class Reader {
     this.#visit?.abort();
   }
 
+  #say(state, error) {
+    if (!this.#stopped.signal.aborted) this.#hooks.state(state, error);
+  }
+
   async #run() {
     const { signal } = this.#stopped;
     let failures = 0;
     while (!signal.aborted) {
       if (this.#request.slots && !this.#request.answer) {
-        this.#hooks.state("queued");
-        const woken = await this.#pausing(async (pausing) => (this.slot = await takeSlot(pausing)));
-        if (signal.aborted) this.slot?.release();
-        if (woken && !this.slot) continue; // there may be other slots for it now
+        this.#say("queued");
+        const woken = await this.#pausing(async (pausing) => (this.#slot = await takeSlot(pausing)));
+        if (signal.aborted) this.#slot?.release();
+        if (woken && !this.#slot) continue; // there may be other slots for it now
       }
       if (signal.aborted) return;
       const outcome = await this.#connect();
-      this.slot?.release();
-      this.slot = null;
+      this.#slot?.release();
+      this.#slot = null;
       if (signal.aborted) return;
       if (outcome.end) {
         this.#hooks.end(outcome.end, outcome.error);
@@ -354,7 +359,7 @@ class Reader {
       }
       failures = outcome.heard ? 0 : failures + 1;
       const waitMs = outcome.waitMs ?? jittered(this.#retryMs, failures);
-      this.#hooks.state("waiting", outcome.error);
+      this.#say("waiting", outcome.error);
       await this.#pausing((pausing) => pause(waitMs, pausing));
     }
   }
@@ -376,18 +381,22 @@ class Reader {
     const stop = () => visit.abort();
     this.#stopped.signal.addEventListener("abort", stop);
     this.#heardAt = this.#framesAt = Date.now();
+    this.#hadNews = false;
     this.#leaveMs = undefined;
     let heard = false;
     const alive = (events) => {
       heard = true;
       this.#heardAt = Date.now();
       if (events.length === 0) return this.#hooks.quiet();
-      if (events.some(({ event }) => event !== "relay")) this.#framesAt = this.#heardAt;
+      if (events.some(({ event }) => event !== "relay")) {
+        this.#framesAt = this.#heardAt;
+        this.#hadNews = true;
+      }
       return this.#hooks.events(events);
     };
-    const tickMs = this.slot ? TURN_MS : Math.min(5000, this.#request.silenceMs);
+    const tickMs = this.#slot ? TURN_MS : Math.min(5000, this.#request.silenceMs);
     const watch = setInterval(() => this.#watch(), tickMs);
-    this.#hooks.state("connecting");
+    this.#say("connecting");
     const byEventSource = this.#request.eventSource && !this.#byFetch && !this.#request.answer;
     try {
       const verdict = byEventSource
@@ -419,13 +428,13 @@ class Reader {
       this.#visit?.abort();
       return;
     }
-    const { slot } = this;
+    const slot = this.#slot;
     if (!slot) return;
     const now = Date.now();
     const done = now - this.#framesAt >= TURN_MS || now - slot.since >= BUSY_TURN_MS;
-    if (!done || !(await isWaitedFor(slot)) || slot !== this.slot) return;
+    if (!done || !(await isWaitedFor(slot)) || slot !== this.#slot) return;
     // Whoever had nothing to read asks again later each time, so that quiet chats do not keep relay busy.
-    this.#idleTurns = this.#framesAt > slot.since ? 0 : this.#idleTurns + 1;
+    this.#idleTurns = this.#hadNews ? 0 : this.#idleTurns + 1;
     this.#leave(this.#idleTurns ? Math.min(IDLE_PAUSE_MAX_MS, TURN_MS * 2 ** this.#idleTurns) : 0);
   }
 
@@ -439,7 +448,7 @@ class Reader {
     if (!/^text\/event-stream\b/i.test(response.headers.get("Content-Type") ?? "")) {
       throw notAStream(response);
     }
-    this.#hooks.state("open");
+    this.#say("open");
     const body = response.body.getReader();
     const leave = () => body.cancel().catch(() => {});
     signal.addEventListener("abort", leave);
@@ -470,7 +479,7 @@ class Reader {
         settle(value);
       };
       signal.addEventListener("abort", () => finish(resolve, null));
-      source.onopen = () => this.#hooks.state("open");
+      source.onopen = () => this.#say("open");
       source.onmessage = (message) => {
         try {
           const verdict = alive([unwrapped({ id: message.lastEventId, data: message.data })]);
@@ -570,7 +579,7 @@ class Subscription {
   #over = null;
   #resolveDone;
   #queue = null; // of the iterator, once there is one
-  #taker = null;
+  #takers = [];
   #unlisten = [];
 
   constructor(request, options) {
@@ -590,7 +599,9 @@ class Subscription {
   }
 
   /** Stop the run that is read, or the stream's newest open one. */
-  cancel(reason) {
+  async cancel(reason) {
+    if (!this.#request.resumable)
+      throw new RelayError("This stream is not journaled.", { code: NOT_A_STREAM });
     const run = ["current", "latest"].includes(this.#request.run) ? undefined : this.#request.run;
     return cancel(this.#request.stream, { ...this.#options, signal: undefined, run, reason });
   }
@@ -599,7 +610,9 @@ class Subscription {
     this.#queue ??= [];
     return {
       next: async () => {
-        if (this.#queue.length === 0 && !this.#over) await new Promise((resolve) => (this.#taker = resolve));
+        while (this.#queue.length === 0 && !this.#over) {
+          await new Promise((resolve) => this.#takers.push(resolve));
+        }
         if (this.#queue.length > 0) {
           const [message, cursor] = this.#queue.shift();
           this.cursor = cursor;
@@ -672,7 +685,7 @@ class Subscription {
     if (error !== undefined) this.#call("onError", error);
     this.#call("onEnd", this.#over);
     this.#resolveDone(this.#over);
-    this.#taker?.();
+    this.#wakeTakers();
   }
 
   #listen() {
@@ -745,8 +758,12 @@ class Subscription {
     }
     if (news.length === 0) return;
     if (!this.#queue) this.#storeCursor();
-    this.#taker?.();
+    this.#wakeTakers();
     if (this.#queue?.length > QUEUE_MAX) this.#hold("slow iterator");
+  }
+
+  #wakeTakers() {
+    for (const taker of this.#takers.splice(0)) taker();
   }
 
   #say(state, error) {
@@ -767,20 +784,22 @@ class Subscription {
     }
   }
 
+  // Even to look at a storage that is forbidden throws; then the cursor lives as long as the page.
+
   #storedCursor() {
-    const { key, area = globalThis.sessionStorage } = this.#options.store ?? {};
+    const { store } = this.#options;
     try {
-      return key === undefined ? null : area.getItem(key);
+      return store ? (store.area ?? sessionStorage).getItem(store.key) : null;
     } catch {
-      return null; // storage may be forbidden; then the cursor lives as long as the page
+      return null;
     }
   }
 
   #storeCursor() {
-    const { key, area = globalThis.sessionStorage } = this.#options.store ?? {};
+    const { store } = this.#options;
     try {
-      if (key !== undefined && this.cursor !== null) area.setItem(key, this.cursor);
-    } catch {} // as above, or full
+      if (store && this.cursor !== null) (store.area ?? sessionStorage).setItem(store.key, this.cursor);
+    } catch {} // or it is full
   }
 
   // Among tabs. Each has a cursor of its own; the leader's frames are taken only where they go on from it.
@@ -797,8 +816,8 @@ class Subscription {
     if (this.role !== "leader") this.role = "follower";
   }
 
-  /** Nothing was heard of a leader. */
-  alone() {
+  /** Read by a connection of its own, until what the leader tells goes on from here. */
+  catchUp() {
     if (this.role !== "leader" && !this.#over) {
       this.#synced = false;
       this.#read();
@@ -815,7 +834,7 @@ class Subscription {
     else if (message.kind === "control") this.#hearControl(message);
     else if (message.kind === "end" && this.#synced) {
       if (message.cursor === this.#sequence.cursor) this.#finish(message.reason);
-      else this.alone();
+      else this.catchUp();
     }
   }
 
@@ -832,7 +851,7 @@ class Subscription {
     const starved = unseen && state === "queued" && !hidden();
     if (this.#sequence.cursor === cursor && !starved) this.#sync();
     else if (starved || !this.#synced || mine === null || (cursor !== null && seqOf(cursor) > seqOf(mine))) {
-      this.alone();
+      this.catchUp();
     }
     if (this.#synced) this.#say(state);
   }
@@ -848,19 +867,18 @@ class Subscription {
     if (from !== mine && place === 0) {
       // A leader that is behind will come; one that is ahead has said what this tab did not hear.
       const behind = mine !== null && seqOf(events.at(-1).id) < seqOf(mine);
-      if (this.#synced && !behind) this.alone();
+      if (this.#synced && !behind) this.catchUp();
       return;
     }
     this.#sync();
     this.#take(events.slice(place));
   }
 
-  #hearControl({ from, event }) {
-    if (from === this.#sequence.cursor) this.#sync();
-    if (!this.#synced) return;
-    const { type } = JSON.parse(event.data);
-    if (from !== this.#sequence.cursor && (type === "gap" || type === "reset")) this.alone();
-    else this.#take([event]);
+  #hearControl({ from, to, event }) {
+    if (from === this.#sequence.cursor) {
+      this.#sync();
+      this.#take([event]);
+    } else if (this.#synced && from !== to) this.catchUp(); // its loss may not be this tab's
   }
 
   #take(events) {
@@ -938,7 +956,7 @@ class Tabs {
   ask() {
     this.post({ kind: "who" });
     clearTimeout(this.#unanswered);
-    this.#unanswered = setTimeout(() => this.#member.alone(), ANSWER_MS);
+    this.#unanswered = setTimeout(() => this.#member.catchUp(), ANSWER_MS);
   }
 
   /** A leader that is not heard for so long is asked whether it is still there. */

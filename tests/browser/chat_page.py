@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from playwright.sync_api import BrowserContext, Page, Request
+from playwright.sync_api import BrowserContext, Page, Request, TimeoutError
 from relay_process import RelayProcess
 from scripted_upstream import Exchange, ScriptedUpstream
 
@@ -34,7 +34,7 @@ function open(stream, options = {}) {
       chat.control.push(control);
       keep();
     },
-    onState: (state) => chat.states.push(state),
+    onState: (state, error) => chat.states.push(error ? `${state}: ${error}` : state),
     onError: (error) => (chat.error = `${error.code ?? ""} ${error.message}`),
     onEnd: (end) => (chat.end = end.reason),
     ...options,
@@ -106,7 +106,11 @@ class ChatPage:
     def await_(self, stream: str, condition: str, arg: Any = None) -> None:
         """Wait for a condition on `chat` and `arg`."""
         script = f"([stream, arg]) => {{ const chat = chats[stream]; return {condition}; }}"
-        self.page.wait_for_function(script, arg=[stream, arg])
+        try:
+            self.page.wait_for_function(script, arg=[stream, arg])
+        except TimeoutError as error:
+            noted = {key: self.look(stream, key) for key in ("states", "error", "end", "control", "ids")}
+            raise AssertionError(f"{condition} did not come true with {arg!r}: {noted}") from error
 
     def await_text(self, stream: str, text: str) -> None:
         """Wait until as much is shown, and look whether it is this."""

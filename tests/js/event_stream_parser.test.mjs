@@ -9,15 +9,44 @@ const CASES = [
   ["an event ends at its blank line", "data: a\n\ndata: not yet\n", [["", "", "a"]]],
   ["lines end with LF, CR or CRLF", "data: a\r\rdata: b\r\n\r\ndata: c\n\r\ndata: d\r\n\n", "abcd"],
   ["several data lines are joined with LF", "data: a\ndata:\ndata: b\n\n", [["", "", "a\n\nb"]]],
-  ["one space behind the colon is no part of the value", "data:a\n\ndata:  b\n\n", [["", "", "a"], ["", "", " b"]]],
+  [
+    "one space behind the colon is no part of the value",
+    "data:a\n\ndata:  b\n\n",
+    [
+      ["", "", "a"],
+      ["", "", " b"],
+    ],
+  ],
   ["a line without a colon is a field without a value", "data\n\n", [["", "", ""]]],
   ["comments and unknown fields say nothing", ": hb\nfoo: bar\ndata: a\n: relay {}\n\n", "a"],
-  ["a name is of one event only", "event: x\ndata: a\n\ndata: b\n\n", [["", "x", "a"], ["", "", "b"]]],
-  ["an id stays until the next", "id: 1-1\ndata: a\n\ndata: b\n\nid\ndata: c\n\n",
-    [["1-1", "", "a"], ["1-1", "", "b"], ["", "", "c"]]],
+  [
+    "a name is of one event only",
+    "event: x\ndata: a\n\ndata: b\n\n",
+    [
+      ["", "x", "a"],
+      ["", "", "b"],
+    ],
+  ],
+  [
+    "an id stays until the next",
+    "id: 1-1\ndata: a\n\ndata: b\n\nid\ndata: c\n\n",
+    [
+      ["1-1", "", "a"],
+      ["1-1", "", "b"],
+      ["", "", "c"],
+    ],
+  ],
   ["an id with NUL is none", "id: 1\0\ndata: a\n\n", "a"],
-  ["a block without data is no event, but its id counts", "id: 5-5\nevent: x\n\ndata: a\n\n", [["5-5", "", "a"]]],
-  ["a byte order mark at the start is skipped, and no other", "\ufeffdata: \ufeffa\n\n", [["", "", "\ufeffa"]]],
+  [
+    "a block without data is no event, but its id counts",
+    "id: 5-5\nevent: x\n\ndata: a\n\n",
+    [["5-5", "", "a"]],
+  ],
+  [
+    "a byte order mark at the start is skipped, and no other",
+    "\ufeffdata: \ufeffa\n\n",
+    [["", "", "\ufeffa"]],
+  ],
   ["text has any characters", "data: wörd → 🙂\n\n", [["", "", "wörd → 🙂"]]],
 ];
 
@@ -46,7 +75,14 @@ test("an event whose blank line ends with CR is there before it is known what fo
 
 test("a retry of digits is taken, and nothing else", () => {
   const parser = new EventStreamParser();
-  for (const [value, retryMs] of [["x", null], ["250", 250], ["-1", 250], ["", 250], ["1.5", 250], ["0", 0]]) {
+  for (const [value, retryMs] of [
+    ["x", null],
+    ["250", 250],
+    ["-1", 250],
+    ["", 250],
+    ["1.5", 250],
+    ["0", 0],
+  ]) {
     parser.push(new TextEncoder().encode(`retry: ${value}\n`));
     assert.equal(parser.retryMs, retryMs);
   }

@@ -42,14 +42,17 @@ export function stream(parts, { end = "whole", headers = {} } = {}) {
       async pull(controller) {
         if (index < parts.length) {
           const part = await parts[index++];
-          if (part !== undefined) controller.enqueue(typeof part === "string" ? new TextEncoder().encode(part) : part);
+          if (part !== undefined)
+            controller.enqueue(typeof part === "string" ? new TextEncoder().encode(part) : part);
           else controller.enqueue(new Uint8Array());
         } else if (end === "whole") controller.close();
         else if (end === "cut") controller.error(new TypeError("terminated"));
         else await new Promise((resolve) => signal?.addEventListener("abort", resolve));
       },
     });
-    return new Response(body, { headers: { "Content-Type": "text/event-stream; charset=utf-8", ...headers } });
+    return new Response(body, {
+      headers: { "Content-Type": "text/event-stream; charset=utf-8", ...headers },
+    });
   };
 }
 

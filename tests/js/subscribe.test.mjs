@@ -5,14 +5,27 @@ import test from "node:test";
 
 import { cancel, RelayError, subscribe } from "../../relay/static/relay-stream.js";
 import {
-  bye, control, frame, hello, id, listen, lost, noContent, problem, ScriptedRelay, seqs, stream, types,
+  bye,
+  control,
+  frame,
+  hello,
+  id,
+  listen,
+  lost,
+  noContent,
+  problem,
+  ScriptedRelay,
+  seqs,
+  stream,
+  types,
 } from "./scripted_relay.mjs";
 
 const URL_OF_RELAY = "http://relay.test";
-const open = (relay, options = {}) => subscribe("chat-1", { url: URL_OF_RELAY, fetch: relay.fetch, ...options });
+const open = (relay, options = {}) =>
+  subscribe("chat-1", { url: URL_OF_RELAY, fetch: relay.fetch, ...options });
 const cursors = (relay) => relay.requests.map(({ cursor }) => cursor);
 
-test("a stream that is cut at any place is handed out once, in order, and asked for from its cursor", async () => {
+test("a stream that is cut anywhere is handed out once, in order, and asked for from its cursor", async () => {
   const whole = new TextEncoder().encode(
     [hello(0), frame(1), frame(2, "wörd → 🙂\ndata: of two lines"), frame(3), bye(3, "ended")].join(""),
   );
@@ -37,7 +50,9 @@ function lastWholeId(bytes) {
 }
 
 test("a frame that comes twice is handed out once", async () => {
-  const relay = new ScriptedRelay().then(stream([hello(0), frame(1), frame(1), frame(2), frame(1), bye(2, "ended")]));
+  const relay = new ScriptedRelay().then(
+    stream([hello(0), frame(1), frame(1), frame(2), frame(1), bye(2, "ended")]),
+  );
   assert.deepEqual(seqs(await listen(open(relay))), [1, 2]);
 });
 
@@ -68,18 +83,26 @@ test("frames of other runs are no holes for who reads one run, and its ending en
   assert.deepEqual(types(messages), ["hello", "run.started", "frame", "frame", "hello", "run.ended"]);
   assert.deepEqual(messages.at(-1), { type: "run.ended", id: id(11), ...ended });
   // Once it is known which run that is, no later one is taken for it.
-  assert.deepEqual(relay.requests.map(({ url }) => url.searchParams.get("run")), ["latest", "r"]);
+  assert.deepEqual(
+    relay.requests.map(({ url }) => url.searchParams.get("run")),
+    ["latest", "r"],
+  );
 });
 
 test("a gap and a reset are told once, and move the cursor", async () => {
   const relay = new ScriptedRelay();
-  relay.then(stream([hello(2), control(5, "gap", { requested: id(2), earliest: id(6) }), frame(6)], { end: "cut" }));
-  relay.then(stream([hello(6), control(0, "reset", { reason: "recreated" }), frame(1), frame(2)], { end: "cut" }));
+  relay.then(
+    stream([hello(2), control(5, "gap", { requested: id(2), earliest: id(6) }), frame(6)], { end: "cut" }),
+  );
+  relay.then(
+    stream([hello(6), control(0, "reset", { reason: "recreated" }), frame(1), frame(2)], { end: "cut" }),
+  );
   relay.then(stream([hello(2), bye(2, "ended")]));
   const messages = await listen(open(relay, { after: id(2) }));
-  assert.deepEqual(types(messages).filter((type) => type !== "hello" && type !== "bye"), [
-    "gap", "frame", "reset", "frame", "frame",
-  ]);
+  assert.deepEqual(
+    types(messages).filter((type) => type !== "hello" && type !== "bye"),
+    ["gap", "frame", "reset", "frame", "frame"],
+  );
   assert.deepEqual(cursors(relay), [id(2), id(6), id(2)]);
 });
 
@@ -94,7 +117,10 @@ test("a hello with another position than the cursor moves nothing", async () => 
 for (const reason of ["drain", "rotate", "slow", "busy"]) {
   test(`after bye ${reason} it comes back`, async () => {
     const relay = new ScriptedRelay();
-    relay.then(stream([hello(0), frame(1), bye(1, reason)], { end: "open" }), stream([hello(1), bye(1, "ended")]));
+    relay.then(
+      stream([hello(0), frame(1), bye(1, reason)], { end: "open" }),
+      stream([hello(1), bye(1, "ended")]),
+    );
     assert.deepEqual(seqs(await listen(open(relay))), [1]);
     assert.deepEqual(cursors(relay), [null, id(1)]);
   });
@@ -109,7 +135,10 @@ for (const [name, answer, reason] of [
     const relay = new ScriptedRelay().then(answer);
     const states = [];
     const ends = [];
-    const subscription = open(relay, { onState: (state) => states.push(state), onEnd: (end) => ends.push(end) });
+    const subscription = open(relay, {
+      onState: (state) => states.push(state),
+      onEnd: (end) => ends.push(end),
+    });
     assert.deepEqual(await subscription.done, { reason });
     assert.deepEqual(ends, [{ reason }]);
     assert.equal(states.at(-1), "closed");
@@ -125,7 +154,10 @@ for (const status of [400, 401, 403, 404, 406, 410]) {
     const { reason, error } = await subscription.done;
     assert.equal(reason, "error");
     assert.ok(error instanceof RelayError);
-    assert.deepEqual([error.status, error.code, error.message], [status, "some_code", "because of some_code"]);
+    assert.deepEqual(
+      [error.status, error.code, error.message],
+      [status, "some_code", "because of some_code"],
+    );
     assert.equal(error.problem.title, "Refused");
     assert.deepEqual(errors, [error]);
     await assert.rejects(listen(subscription), error);
@@ -157,7 +189,7 @@ test("a head that was cut, and so has no content type, is asked for again", asyn
   assert.equal((await open(relay).done).reason, "ended");
 });
 
-test("a relay that cannot be reached is asked again until it can, at random within a growing time", async (t) => {
+test("a relay that cannot be reached is asked again, at random within a growing time", async (t) => {
   const pauses = [];
   const random = t.mock.method(Math, "random", () => 1 / 1024);
   const timeout = globalThis.setTimeout;
@@ -197,17 +229,29 @@ test("headers are asked for each time, and the tail is asked for only before the
   relay.then(stream([hello(4), frame(5)], { end: "cut" }), noContent);
   let token = 0;
   await open(relay, { after: "tail", headers: async () => ({ Authorization: `Bearer ${++token}` }) }).done;
-  assert.deepEqual(relay.requests.map(({ headers }) => headers.get("Authorization")), ["Bearer 1", "Bearer 2"]);
-  assert.deepEqual(relay.requests.map(({ url }) => url.searchParams.get("after")), ["tail", null]);
+  assert.deepEqual(
+    relay.requests.map(({ headers }) => headers.get("Authorization")),
+    ["Bearer 1", "Bearer 2"],
+  );
+  assert.deepEqual(
+    relay.requests.map(({ url }) => url.searchParams.get("after")),
+    ["tail", null],
+  );
   assert.deepEqual(cursors(relay), [null, id(5)]);
 });
 
-test("a stored cursor is where the next subscription goes on, and storage that fails is done without", async () => {
+test("a stored cursor is where the next one goes on, and storage that fails is done without", async () => {
   const kept = new Map();
   const area = { getItem: (key) => kept.get(key) ?? null, setItem: (key, value) => kept.set(key, value) };
   const relay = new ScriptedRelay();
-  relay.then(stream([hello(0), frame(1), frame(2)], { end: "open" }), stream([hello(2), frame(3), bye(3, "ended")]));
-  const first = open(relay, { store: { key: "c", area }, onFrame: ({ id: got }) => got === id(2) && first.close() });
+  relay.then(
+    stream([hello(0), frame(1), frame(2)], { end: "open" }),
+    stream([hello(2), frame(3), bye(3, "ended")]),
+  );
+  const first = open(relay, {
+    store: { key: "c", area },
+    onFrame: ({ id: got }) => got === id(2) && first.close(),
+  });
   assert.equal((await first.done).reason, "closed");
   assert.equal(kept.get("c"), id(2));
   assert.deepEqual(seqs(await listen(open(relay, { store: { key: "c", area } }))), [3]);
@@ -224,7 +268,9 @@ test("a stored cursor is where the next subscription goes on, and storage that f
 test("what an iterator has not taken is not stored as read", async () => {
   const kept = new Map();
   const area = { getItem: () => null, setItem: (key, value) => kept.set(key, value) };
-  const relay = new ScriptedRelay().then(stream([hello(0) + frame(1) + frame(2) + frame(3)], { end: "open" }));
+  const relay = new ScriptedRelay().then(
+    stream([hello(0) + frame(1) + frame(2) + frame(3)], { end: "open" }),
+  );
   for await (const message of open(relay, { store: { key: "c", area } })) {
     if (message.id === id(2)) break;
   }
@@ -232,7 +278,9 @@ test("what an iterator has not taken is not stored as read", async () => {
 });
 
 test("a subscription that is closed in the midst of a chunk hands out no more of it", async () => {
-  const relay = new ScriptedRelay().then(stream([hello(0) + frame(1) + frame(2) + frame(3)], { end: "open" }));
+  const relay = new ScriptedRelay().then(
+    stream([hello(0) + frame(1) + frame(2) + frame(3)], { end: "open" }),
+  );
   const got = [];
   const subscription = open(relay, {
     onFrame({ id: seq }) {
@@ -275,9 +323,13 @@ test("a slow iterator makes the connection go, not the frames, and not the memor
   const got = [];
   for (let taken = await messages.next(); !taken.done; taken = await messages.next()) {
     if (taken.value.type === "frame") got.push(Number(taken.value.id.split("-")[0]));
-    if (got.length === 1) while (subscription.state !== "suspended") await new Promise((resolve) => setImmediate(resolve));
+    if (got.length === 1)
+      while (subscription.state !== "suspended") await new Promise((resolve) => setImmediate(resolve));
   }
-  assert.deepEqual(got, Array.from({ length: total }, (_, n) => n + 1));
+  assert.deepEqual(
+    got,
+    Array.from({ length: total }, (_, n) => n + 1),
+  );
   assert.ok(relay.requests.length > 1);
 });
 
@@ -307,9 +359,15 @@ test("the envelope tells run and time of each frame, and changes nothing else", 
   const object = { id: id(1), event: "note", data: "a\r\nb", run: "r", at: "2026-01-01T00:00:00.000Z" };
   const live = { id: id(1), event: "relay", data: '{"type":"live"}', run: null, at: null };
   const enveloped = (value) => `id: ${value.id}\ndata: ${JSON.stringify(value)}\n\n`;
-  const relay = new ScriptedRelay().then(stream([enveloped(object) + enveloped(live)], { end: "cut" }), noContent);
+  const relay = new ScriptedRelay().then(
+    stream([enveloped(object) + enveloped(live)], { end: "cut" }),
+    noContent,
+  );
   const messages = await listen(open(relay, { envelope: true }));
-  assert.deepEqual(messages, [{ type: "frame", ...object, data: "a\nb" }, { type: "live", id: id(1) }]);
+  assert.deepEqual(messages, [
+    { type: "frame", ...object, data: "a\nb" },
+    { type: "live", id: id(1) },
+  ]);
   assert.equal(relay.requests[0].url.searchParams.get("envelope"), "json");
 });
 

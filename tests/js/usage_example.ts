@@ -11,7 +11,8 @@ const chat: Subscription = subscribe("chat-1", {
   onFrame: (frame: Frame) => document.body.append(frame.event, frame.data),
   onControl(control: Control) {
     if (control.type === "reset") document.body.replaceChildren();
-    if (control.type === "run.ended" && control.status !== "completed") console.warn(control.error ?? control.reason);
+    if (control.type === "run.ended" && control.status !== "completed")
+      console.warn(control.error ?? control.reason);
     if (control.type === "run.superseded") console.log(`${control.run} was answered anew as ${control.by}`);
   },
   onState: (state) => console.log(state === "waiting" ? "reconnecting" : state),
@@ -24,7 +25,11 @@ await chat.cancel("enough");
 chat.close();
 
 // As an iterator, of one run only.
-for await (const message of subscribe("chat-1", { run: "current", wait: 5, signal: AbortSignal.timeout(1000) })) {
+for await (const message of subscribe("chat-1", {
+  run: "current",
+  wait: 5,
+  signal: AbortSignal.timeout(1000),
+})) {
   if (message.type === "frame") console.log(message.data.length, message.run);
   else if (message.type === "bye") console.log(message.reason, message.retry_ms);
   // @ts-expect-error A control frame has no data.
@@ -32,7 +37,11 @@ for await (const message of subscribe("chat-1", { run: "current", wait: 5, signa
 }
 
 // A request through the proxy.
-const answer = await ask("/v1/chat/completions", { body: JSON.stringify({ stream: true }) }, { envelope: true });
+const answer = await ask(
+  "/v1/chat/completions",
+  { body: JSON.stringify({ stream: true }) },
+  { envelope: true },
+);
 for await (const message of answer) console.log(message.id);
 await cancel("chat-1", { run: "r", url: "https://relay.example" });
 
