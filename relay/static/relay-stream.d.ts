@@ -132,8 +132,8 @@ export type AskOptions = AddressOptions & Callbacks & Pick<SubscribeOptions, "en
 
 /**
  * Make a request (POST unless `init` says otherwise) whose answer is a stream that relay proxies, and read
- * that answer to its end, over cuts. It gets an `Idempotency-Key`, and is made again when its answer was lost.
- * Rejects with a RelayError where the answer is a refusal or no stream.
+ * that answer to its end, over cuts. It gets an `Idempotency-Key`, and is made again when its answer was
+ * lost. Rejects with a RelayError where the answer is a refusal or no stream.
  */
 export function ask(input: string | URL, init?: RequestInit, options?: AskOptions): Promise<Subscription>;
 

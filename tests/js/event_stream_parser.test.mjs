@@ -8,6 +8,7 @@ import { EventStreamParser } from "../../relay/static/relay-stream.js";
 const CASES = [
   ["an event ends at its blank line", "data: a\n\ndata: not yet\n", [["", "", "a"]]],
   ["lines end with LF, CR or CRLF", "data: a\r\rdata: b\r\n\r\ndata: c\n\r\ndata: d\r\n\n", "abcd"],
+  ["a CRLF that is cut is one line end", "data: a\r\ndata: b\r\n\r\n", [["", "", "a\nb"]]],
   ["several data lines are joined with LF", "data: a\ndata:\ndata: b\n\n", [["", "", "a\n\nb"]]],
   [
     "one space behind the colon is no part of the value",
