@@ -17,6 +17,9 @@ SURVIVED_RATE = 10
 BATCHED = 1.5
 """Frames an append from which on relay is not keeping up frame by frame."""
 
+NGINX_US = 7.8
+"""What nginx took to pass a frame where the budgets were set: in this unit they are the same everywhere."""
+
 CARRIED = 0.95
 """A system that delivers less of what was sent than this share does not carry the load."""
 
@@ -59,6 +62,12 @@ def run(lab: Lab, quick: bool) -> Report:
     report.judge("p50_ms", row.median("p50_ms"), 3.0)
     report.judge("p99_ms", row.median("p99_ms"), 10.0)
     report.judge("relay CPU, µs per frame", row.median("cpu_us"), 60.0, aim=35.0)
+    if nginx is not None:
+        passed = report.rows[f"nginx, {fast}"].median("cpu_us")
+        report.judge(
+            "relay CPU per frame against nginx's", row.median("cpu_us") / passed, 60 / NGINX_US,
+            aim=35 / NGINX_US,
+        )  # fmt: skip
     batched = row.median("frames_per_append")
     if batched > BATCHED:
         report.note(

@@ -34,6 +34,7 @@ PROMISED = {
         {"live_s", "rss_growth_mib", "redis_calls", "pages", "crowd_cpu"},
         [],
     ),
+    "scale_compression": ("gzip, openai", {"bytes_per_frame", "saved", "cpu_us"}, []),
     "scale_workers": ("2 workers, 20x50/s", {"frames_per_s", "cpu_us", "frames_per_append"}, []),
 }
 
