@@ -384,8 +384,11 @@ class Reader {
     this.#hadNews = false;
     this.#leaveMs = undefined;
     let heard = false;
+    const opened = () => {
+      heard = true; // relay can be reached; what is cut now and then need not wait ever longer
+      this.#say("open");
+    };
     const alive = (events) => {
-      heard = true;
       this.#heardAt = Date.now();
       if (events.length === 0) return this.#hooks.quiet();
       if (events.some(({ event }) => event !== "relay")) {
@@ -400,8 +403,8 @@ class Reader {
     const byEventSource = this.#request.eventSource && !this.#byFetch && !this.#request.answer;
     try {
       const verdict = byEventSource
-        ? await this.#byEventSource(visit.signal, alive)
-        : await this.#byFetchOf(visit.signal, alive);
+        ? await this.#byEventSource(visit.signal, alive, opened)
+        : await this.#byFetchOf(visit.signal, alive, opened);
       if (verdict?.end) return verdict;
       this.#wrong = 0;
       return { heard, waitMs: verdict?.waitMs ?? this.#leaveMs };
@@ -438,7 +441,7 @@ class Reader {
     this.#leave(this.#idleTurns ? Math.min(IDLE_PAUSE_MAX_MS, TURN_MS * 2 ** this.#idleTurns) : 0);
   }
 
-  async #byFetchOf(signal, alive) {
+  async #byFetchOf(signal, alive, opened) {
     this.#byFetch = false;
     const first = this.#request.answer;
     this.#request.answer = null;
@@ -448,7 +451,7 @@ class Reader {
     if (!/^text\/event-stream\b/i.test(response.headers.get("Content-Type") ?? "")) {
       throw notAStream(response);
     }
-    this.#say("open");
+    opened();
     const body = response.body.getReader();
     const leave = () => body.cancel().catch(() => {});
     signal.addEventListener("abort", leave);
@@ -471,7 +474,7 @@ class Reader {
     }
   }
 
-  #byEventSource(signal, alive) {
+  #byEventSource(signal, alive, opened) {
     return new Promise((resolve, reject) => {
       const source = this.#request.source(this.#hooks.cursor());
       const finish = (settle, value) => {
@@ -479,7 +482,7 @@ class Reader {
         settle(value);
       };
       signal.addEventListener("abort", () => finish(resolve, null));
-      source.onopen = () => this.#say("open");
+      source.onopen = opened;
       source.onmessage = (message) => {
         try {
           const verdict = alive([unwrapped({ id: message.lastEventId, data: message.data })]);

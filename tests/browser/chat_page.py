@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from playwright.sync_api import BrowserContext, Page, Request, TimeoutError
-from relay_process import RelayProcess
 from scripted_upstream import Exchange, ScriptedUpstream
+
+DEADLINE_MS = 60_000
 
 # What a tab shows of a chat outlives its reloads in sessionStorage, as its cursor does.
 PAGE = b"""<!doctype html>
@@ -124,19 +125,24 @@ class ChatPage:
         seqs = [int(frame_id.partition("-")[0]) for frame_id in self.look(stream, "ids")]
         assert seqs == sorted(set(seqs))
 
+    def await_answer(self, question: str) -> None:
+        """Wait until the promise of a JavaScript expression is for something true; asked again and again."""
+        script = f"""async (deadline_ms) => {{
+            for (const until = Date.now() + deadline_ms; Date.now() < until; ) {{
+                if (await ({question})) return true;
+                await new Promise((resolve) => setTimeout(resolve, 20));
+            }}
+            return false;
+        }}"""
+        assert self.page.evaluate(script, DEADLINE_MS), f"not true in time: {question}"
+
     def await_no_lock(self) -> None:
         """Wait until no tab of this origin reads for others, or waits to do so."""
-        self.page.wait_for_function(
-            "navigator.locks.query().then(({ held, pending }) => held.length + pending.length === 0)"
+        self.await_answer(
+            "navigator.locks.query().then(({ held, pending }) => !held.length && !pending.length)"
         )
 
-
-def await_readers(page: ChatPage, relay: RelayProcess, count: int) -> None:
-    """Wait until relay serves so many readers. (The page asks, so that nothing here is polled in a loop.)"""
-    page.page.wait_for_function(
-        """async ([url, count]) => {
-            const text = await (await fetch(url)).text();
-            return Number(/^relay_readers_open (\\S+)/m.exec(text)[1]) === count;
-        }""",
-        arg=["/relay/metrics", count],
-    )
+    def await_readers(self, count: int) -> None:
+        """Wait until relay serves so many readers."""
+        metrics = "fetch('/relay/metrics').then((answer) => answer.text())"
+        self.await_answer(f"{metrics}.then((text) => /^relay_readers_open (.+)/m.exec(text)[1] == {count})")

@@ -12,8 +12,8 @@ from relay_process import RelayProcess
 from scripted_upstream import ScriptedUpstream
 from tcp_proxy import TcpProxy
 
-from browser.chat_page import OWN_TIME, ChatPage, await_readers, serve_chat_page
-from browser.tab import RETRY_MS
+from browser.chat_page import OWN_TIME, ChatPage, serve_chat_page
+from browser.tab import RETRY_MS, first_bytes
 
 CYCLES = 20
 
@@ -71,11 +71,14 @@ def test_a_page_cut_at_random_bytes_shows_each_frame_once_and_asks_no_more_after
     event_source: bool,
 ) -> None:
     producer = Producer(swift_relay, name, seal=True)
+    head = len(first_bytes(swift_relay, f"/relay/v1/streams/{name}/events", b"\r\n\r\n"))
     with TcpProxy.running(swift_relay.port) as proxy:
-        page = pages(proxy)
+        page = pages(proxy, "Math.random = () => 0.01;")  # short pauses
         proxy.cut_all()
-        limit = proxy.connections + CYCLES
-        proxy.plan = lambda number: dice.randrange(300, 1100) if number < limit else None
+        first = proxy.connections
+        cuts = [head + dice.randrange(800) for _ in range(CYCLES)]
+        cuts[::7] = [dice.randrange(head) for _ in cuts[::7]]  # one in the head now and then
+        proxy.plan = lambda number: cuts[number - first] if number - first < len(cuts) else None
         page.open(name, eventSource=event_source)
         said = ""
         for part in range(10):
@@ -141,7 +144,7 @@ def test_a_page_that_the_browser_put_aside_holds_nothing_and_takes_up_where_it_w
     page.page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide', { persisted: true }))")
     assert page.look(name, "subscription.state") == "suspended"
     other.await_no_lock()
-    await_readers(other, quiet_relay, 0)
+    other.await_readers(0)
     producer.push("b")
     page.page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))")
     page.await_text(name, "ab")
@@ -171,7 +174,7 @@ def test_three_tabs_share_one_connection_and_a_late_one_misses_nothing(
         producer.push(*words(n, 2))
     for tab in tabs:
         tab.await_text(name, "".join(said))
-    await_readers(first, quiet_relay, 1)
+    first.await_readers(1)
     assert [tab.look(name, "subscription.role") for tab in tabs] == ["leader", "follower", "follower"]
     # The one that reads goes, in the midst of what is said.
     producer.push(*words(60, 3))
@@ -180,7 +183,7 @@ def test_three_tabs_share_one_connection_and_a_late_one_misses_nothing(
     said += words(60, 6)
     for tab in (second, third):
         tab.await_text(name, "".join(said))
-    await_readers(second, quiet_relay, 1)
+    second.await_readers(1)
     producer.push(end="completed")
     for tab in (second, third):
         tab.await_(name, "chat.end !== null")
@@ -207,7 +210,7 @@ def test_tabs_whose_browser_has_no_locks_read_each_for_itself(
     for tab in tabs:
         tab.expect_whole(name, "ab")
         assert tab.look(name, "subscription.role") == "alone"
-    await_readers(tabs[0], quiet_relay, 2)
+    tabs[0].await_readers(2)
 
 
 def test_a_regenerate_is_seen_in_every_tab_and_stop_in_one_tab_stops_it_in_all(
