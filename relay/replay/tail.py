@@ -41,7 +41,6 @@ RETRY_S = 0.25
 
 RETRY_MAX_S = 2.0
 
-
 ASKED_AT_ONCE = 200
 """Streams whose ends the journal is asked for at once."""
 
