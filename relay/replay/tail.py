@@ -47,10 +47,9 @@ ASKED_AT_ONCE = 200
 QUIET_CHECK_STRETCH = 8
 """So many times `quiet_check_s` lie between two checks of a stream that has long been quiet."""
 
-QUIET_SHARE_MAX = 6
-"""A flush to many readers takes a while, and the next comes after this many times as long, at most: as few as
-a sixth of the loop's time go into writing one stream when its frames come faster than they can be written one
-by one."""
+FLUSH_EVERY_MAX_S = 0.1
+"""A flush to many readers takes a while. Frames that come faster than they can be written one by one are
+written in ever larger pieces, at most so far apart, so that writing leaves most of the loop to others."""
 
 
 class Sleeper(Protocol):
@@ -446,15 +445,16 @@ class Tail:
     def _flush(self) -> None:
         """Pass on what is new to those that follow, and wake everybody else."""
         self._flush_timer = None
-        began = self._tails.now()
+        began, group_s = self._tails.now(), self._tails.group_s
         cohorts, self._cohorts = self._cohorts, {}
         for cohort in cohorts.values():
             self._pass_on(cohort)
         self._wake_sleepers()
-        if self._tails.group_s:
-            came = self.top.seq - self._flushed_seq
-            quiet_s = (self._tails.now() - began) * min(came + 1, QUIET_SHARE_MAX)
-            self._flush_due = began + max(self._tails.group_s, quiet_s)
+        if group_s:
+            took_s, came = self._tails.now() - began, self.top.seq - self._flushed_seq
+            # Half of the loop's time at most; less the more frames a flush had.
+            crowded_s = min(took_s * (1 + came / 2), FLUSH_EVERY_MAX_S)
+            self._flush_due = began + max(group_s, crowded_s, took_s * 2)
         self._flushed_seq = self.top.seq
 
     def _pass_on(self, cohort: Cohort) -> None:
