@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from playwright.sync_api import BrowserContext, Page
@@ -17,6 +17,7 @@ from browser.tab import RETRY_MS, Tab, behind_content_type, serve_reader_page
 
 CUTS = 20
 CUT_MAX_BYTES = 1500
+COMPRESSED_CUT_MAX_BYTES = 300
 
 
 @pytest.fixture
@@ -37,6 +38,39 @@ def events_of(stream: str, query: str = "") -> str:
     return f"/relay/v1/streams/{stream}/events?{query}"
 
 
+def read_through_cuts(
+    relay: RelayProcess,
+    upstream: ScriptedUpstream,
+    agent: str,
+    page: Page,
+    lengths: Sequence[int],
+    control: str,
+) -> None:
+    """An EventSource whose connections are cut so many bytes behind their content type reads a whole answer.
+    The stream is sealed with its run, so its end is an end for good."""
+    gate = upstream.gate()
+    upstream.on(agent, in_parts(gate))
+    events = events_of(begin_answer(relay, agent), f"control={control}")
+    typed = behind_content_type(relay, events)
+    with TcpProxy.running(relay.port) as proxy:
+        tab = Tab(page, f"{proxy.url}/reader")
+        proxy.cut_all()
+        first = proxy.connections
+        proxy.plan = lambda number: typed + lengths[number - first] if number - first < len(lengths) else None
+        tab.read(events)
+        for text in text_of_parts():
+            gate.pass_one()
+            tab.await_text(text)
+        tab.await_closed()
+    assert tab.text() == TEXT
+    assert len(tab.frames()) == len(set(tab.frames())) == len(FRAMES)
+    assert tab.statuses == [200] * (len(tab.statuses) - 1) + [204]
+    assert len(tab.statuses) > len(lengths) / 2
+    shown = [type_ for type_ in tab.control() if type_.startswith("run.")]
+    assert shown == (["run.started", "run.ended"] if control == "events" else [])
+    assert upstream.calls(agent) == 1
+
+
 @pytest.mark.parametrize("control", ["events", "comments", "none"])
 def test_an_event_source_cut_at_random_bytes_gets_each_frame_once_and_stops(
     swift_relay: RelayProcess,
@@ -46,53 +80,15 @@ def test_an_event_source_cut_at_random_bytes_gets_each_frame_once_and_stops(
     dice: random.Random,
     control: str,
 ) -> None:
-    """The stream is sealed with its run, so its end is an end for good."""
-    gate = upstream.gate()
-    upstream.on(agent, in_parts(gate))
-    events = events_of(begin_answer(swift_relay, agent), f"control={control}")
-    typed = behind_content_type(swift_relay, events)
-    with TcpProxy.running(swift_relay.port) as proxy:
-        tab = Tab(page, f"{proxy.url}/reader")
-        proxy.cut_all()
-        first = proxy.connections
-        cuts = [typed + dice.randrange(CUT_MAX_BYTES) for _ in range(CUTS)]
-        proxy.plan = lambda number: cuts[number - first] if number - first < len(cuts) else None
-        tab.read(events)
-        for text in text_of_parts():
-            gate.pass_one()
-            tab.await_text(text)
-        tab.await_closed()
-    assert tab.text() == TEXT
-    assert len(tab.frames()) == len(set(tab.frames())) == len(FRAMES)
-    assert tab.statuses == [200] * (len(tab.statuses) - 1) + [204]
-    assert len(tab.statuses) > CUTS / 2
-    shown = [type_ for type_ in tab.control() if type_.startswith("run.")]
-    assert shown == (["run.started", "run.ended"] if control == "events" else [])
-    assert upstream.calls(agent) == 1
+    lengths = [dice.randrange(CUT_MAX_BYTES) for _ in range(CUTS)]
+    read_through_cuts(swift_relay, upstream, agent, page, lengths, control)
 
 
 def test_an_event_source_cut_at_random_bytes_of_a_compressed_stream_gets_each_frame_once(
     packing_relay: RelayProcess, upstream: ScriptedUpstream, agent: str, page: Page, dice: random.Random
 ) -> None:
-    gate = upstream.gate()
-    upstream.on(agent, in_parts(gate))
-    events = events_of(begin_answer(packing_relay, agent), "control=events")
-    typed = behind_content_type(packing_relay, events)
-    with TcpProxy.running(packing_relay.port) as proxy:
-        tab = Tab(page, f"{proxy.url}/reader")
-        proxy.cut_all()
-        first = proxy.connections
-        cuts = [typed + dice.randrange(300) for _ in range(CUTS)]
-        proxy.plan = lambda number: cuts[number - first] if number - first < len(cuts) else None
-        tab.read(events)
-        for text in text_of_parts():
-            gate.pass_one()
-            tab.await_text(text)
-        tab.await_closed()
-    assert tab.text() == TEXT
-    assert len(tab.frames()) == len(set(tab.frames())) == len(FRAMES)
-    assert tab.statuses == [200] * (len(tab.statuses) - 1) + [204]
-    assert len(tab.statuses) > CUTS / 2
+    lengths = [dice.randrange(COMPRESSED_CUT_MAX_BYTES) for _ in range(CUTS)]
+    read_through_cuts(packing_relay, upstream, agent, page, lengths, "events")
 
 
 @pytest.mark.parametrize("control", ["events", "comments", "none"])
