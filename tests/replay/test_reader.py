@@ -739,3 +739,41 @@ def test_who_is_sent_away_from_a_cohort_is_told_the_cursor_behind_what_it_was_wr
                 assert not stays.task.done()
 
     asyncio.run(test())
+
+
+def test_live_readers_of_a_sealed_stream_end_with_its_last_run(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, group_ms=0) as stage:
+            await stage.open(seal=True)
+            async with Client(stage) as one, Client(stage, events_view("none")) as other:
+                for client in (one, other):
+                    await live(client)
+                await stage.say("a", end=True)
+                for client in (one, other):
+                    assert await client.task is ReaderEnd.ENDED
+                    assert client.words == ["a"]
+
+    asyncio.run(test())
+
+
+def test_p6_what_is_more_than_one_write_comes_in_several_of_them(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path, group_ms=3_600_000) as stage:
+            await stage.open()
+            async with Client(stage) as client:
+                await live(client)
+                await stage.say("first")  # at once, and the next an hour later
+                await client.until("data: first")
+                large = "x" * (WRITE_MAX_BYTES // 2)
+                for _ in range(3):
+                    await stage.say(large, large)
+                tail = stage.tails.acquire("s")
+                await stage.until(lambda: tail.top.seq == 8)
+                tail._flush()
+                await stage.until(lambda: client.reader.position == tail.top)
+                assert client.words == ["first"] + [large] * 6
+                assert client.largest < WRITE_MAX_BYTES * 2
+                await live(client)
+                stage.tails.release(tail, client)
+
+    asyncio.run(test())
