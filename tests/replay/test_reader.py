@@ -36,6 +36,7 @@ class Client:
         self.after = after
         self.text = ""
         self.largest = 0
+        self.stalls_at = b"\0"
         self.news = asyncio.Event()
         self.taking = asyncio.Event()
         if not stalled:
@@ -64,6 +65,8 @@ class Client:
         self.text += data.decode()
         self.largest = max(self.largest, len(data))
         self.news.set()
+        if self.stalls_at in data:
+            self.taking.clear()
         return self.writable
 
     async def until(self, text: str) -> None:
@@ -775,5 +778,26 @@ def test_p6_what_is_more_than_one_write_comes_in_several_of_them(tmp_path: Path)
                 assert client.largest < WRITE_MAX_BYTES * 2
                 await live(client)
                 stage.tails.release(tail, client)
+
+    asyncio.run(test())
+
+
+def test_p6_a_reader_that_does_not_take_its_goodbye_is_blocked_and_can_be_cut(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open(seal=True)
+            await stage.say("a", end=True)
+            async with Client(stage) as client:
+                client.stalls_at = b'"bye"'
+                cut: list[bool] = []
+                readers = Readers(heartbeat_s=3600, write_timeout_s=10)
+                readers.add(client.reader, lambda: cut.append(True))
+                await client.until('"bye"')
+                await stage.until(lambda: client.reader.blocked_since is not None)
+                assert not client.task.done()
+                readers.visit(stage.tails.now() + 11)
+                assert cut == [True]
+                client.taking.set()  # as the lost connection does
+                assert await client.task is ReaderEnd.ENDED
 
     asyncio.run(test())

@@ -545,3 +545,23 @@ def test_a_position_that_the_tail_does_not_hold_is_not_served(tmp_path: Path) ->
             assert tail.next_chunk(VIEW, Cursor(99, first.ms)) is None
 
     asyncio.run(test())
+
+
+def test_a_stream_that_was_quiet_for_long_is_checked_rarely_until_it_speaks_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            tail = await followed(stage)
+            tail.active_at = -1e9
+            await stage.tails.check_quiet()
+            next_check = tail.check_at
+            assert next_check > stage.tails.now() + stage.tails.settings.quiet_check_s
+            tail.doubt = None  # type: ignore[assignment, method-assign]
+            stage.tails.journal.tops = None  # type: ignore[assignment, method-assign]
+            await stage.tails.check_quiet()  # asks nobody
+            assert tail.check_at == next_check
+            del tail.doubt
+            await stage.say("a")
+            await stage.until(lambda: tail.top.seq == 2)
+            assert tail.check_at <= stage.tails.now()
+
+    asyncio.run(test())
