@@ -147,7 +147,7 @@ class Api:
         if run not in RUN_WORDS:
             return stream, check_run_name(run)
         info = await self._app.journal.describe(stream)
-        found = info.latest_run if run == "latest" else next(reversed(info.open_runs), "")
+        found = info.latest_run if run == "latest" else info.current_run
         if not found:
             raise UnknownRun("The stream has no run." if run == "latest" else "The stream has no open run.")
         return stream, found
@@ -353,7 +353,7 @@ class EventsEndpoint:
         if wanted is None:
             return None
         if wanted == "current":
-            name = info.open_runs[-1] if info.open_runs else ""
+            name = info.current_run
         elif wanted == "latest":
             name = info.latest_run
         else:
@@ -384,8 +384,8 @@ class EventsEndpoint:
     ) -> tuple[Cursor, SharedPage]:
         """Where the reader stands, and what the journal holds after it."""
         # Whoever asks for a page itself is shown all that was accepted before.
-        is_page = request.media_type == JSON
-        read = partial((self._fresh if is_page else self._app.tails.pages.read), info.stream)
+        pages = self._app.tails.pages
+        read = partial(pages.read_anew if request.media_type == JSON else pages.read, info.stream)
         nothing_to_show = request.run is not None and run is None
         bounds = (1, 1) if nothing_to_show else _page_bounds(request)
         if cursor is None:
@@ -398,10 +398,6 @@ class EventsEndpoint:
             return cursor, page
         # What stood before the run is not shown to this reader, so it loses none of it.
         return run.start, await read(run.start, *bounds)
-
-    async def _fresh(self, stream: str, after: Cursor, max_frames: int, max_bytes: int) -> SharedPage:
-        async with self._app.tails.pages.slots:
-            return SharedPage._make(await self._app.journal.read(stream, after, max_frames, max_bytes))
 
     async def _ask_to_come_back(self, stream: str, request: ReadRequest, reason: str, send: Send) -> None:
         view = request.view(None)

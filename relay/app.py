@@ -105,7 +105,6 @@ class App:
             else Proxy(self._upstream, journal, settings, self.owned, self.tails, self._run_ended)
         )
         self._api = Api(self, push_routes(self))
-        self._caretaker: asyncio.Task[None] | None = None
 
     # Life of the process
 
@@ -316,13 +315,13 @@ class App:
     async def _stop_current(self, stream: str, send: Send) -> None:
         """Cancel a stream's newest open run: the run as it ended, or 204."""
         try:
-            open_runs = (await self.journal.describe(stream)).open_runs
+            run = (await self.journal.describe(stream)).current_run
         except UnknownStream:
-            open_runs = ()
-        if not open_runs:
+            run = ""
+        if not run:
             await send_no_content(send)
             return
-        info = await self.pushes.cancel(stream, open_runs[-1], "")
+        info = await self.pushes.cancel(stream, run, "")
         headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
         await send_whole(200, headers, orjson.dumps(run_object(stream, info)), send)
 

@@ -202,10 +202,10 @@ class RunRoutes:
         """`POST …/streams/{stream}/cancel`: end its newest open run; `{"run": null}` when none is open."""
         stream = _stream(request.scope)
         reason = await _cancel_reason(request)
-        open_runs = (await self._app.journal.describe(stream)).open_runs
-        if not open_runs:
+        run = (await self._app.journal.describe(stream)).current_run
+        if not run:
             return Json({"stream": stream, "run": None})
-        return Json(run_object(stream, await self._app.pushes.cancel(stream, open_runs[-1], reason)))
+        return Json(run_object(stream, await self._app.pushes.cancel(stream, run, reason)))
 
 
 class FramesEndpoint:

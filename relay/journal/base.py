@@ -222,6 +222,11 @@ class StreamInfo:
         """Nothing more will come: sealed, and no run is open."""
         return self.sealed and not self.open_runs
 
+    @property
+    def current_run(self) -> str:
+        """The newest open run, or "" when none is open."""
+        return self.open_runs[-1] if self.open_runs else ""
+
 
 class StreamChange(NamedTuple):
     """What a caller wants a stream to be; None leaves a member as it is, or as the default has it."""

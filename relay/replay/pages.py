@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Hashable
-from typing import NamedTuple
 
 from relay.cursor import Cursor, Standing, judge
 from relay.journal.base import Journal, Page
@@ -32,25 +31,18 @@ class SharedPage(Page):
         return found
 
 
-class _Question(NamedTuple):
-    stream: str
-    after: Cursor
-    max_frames: int
-    max_bytes: int
-
-
 class Pages:
     """The way of a process to its journal's pages."""
 
     def __init__(self, journal: Journal) -> None:
         self.slots = asyncio.Semaphore(PAGES_AT_ONCE)
         self._journal = journal
-        self._under_way: dict[_Question, asyncio.Task[SharedPage]] = {}
+        self._under_way: dict[Hashable, asyncio.Task[SharedPage]] = {}
 
     async def read(self, stream: str, after: Cursor, max_frames: int, max_bytes: int) -> SharedPage:
         """As `Journal.read`. What was asked by somebody else before may be older than what the caller knows;
         then it is asked again."""
-        question = _Question(stream, after, max_frames, max_bytes)
+        question = (stream, after, max_frames, max_bytes)
         under_way = self._under_way.get(question)
         if under_way is not None:
             page = await asyncio.shield(under_way)
@@ -58,15 +50,16 @@ class Pages:
                 return page
         asked = self._under_way.get(question)
         if asked is None or asked is under_way:
-            asked = self._under_way[question] = asyncio.create_task(self._ask(question))
+            asked = self._under_way[question] = asyncio.create_task(self.read_anew(*question))
             asked.add_done_callback(lambda task: self._done(question, task))
         return await asyncio.shield(asked)
 
-    async def _ask(self, question: _Question) -> SharedPage:
+    async def read_anew(self, stream: str, after: Cursor, max_frames: int, max_bytes: int) -> SharedPage:
+        """As `Journal.read`, asked now, whoever is asking for the same."""
         async with self.slots:
-            return SharedPage._make(await self._journal.read(*question))
+            return SharedPage._make(await self._journal.read(stream, after, max_frames, max_bytes))
 
-    def _done(self, question: _Question, task: asyncio.Task[SharedPage]) -> None:
+    def _done(self, question: Hashable, task: asyncio.Task[SharedPage]) -> None:
         if self._under_way.get(question) is task:
             del self._under_way[question]
         if not task.cancelled():
