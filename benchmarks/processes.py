@@ -205,46 +205,34 @@ class Lab:
 
     def nginx(self, upstream: Server) -> Server:
         """nginx as a bare pass-through, one process. Raises `Missing`."""
+        return self._nginx(Server, "nginx", UPSTREAM=f"127.0.0.1:{upstream.port}")
+
+    def nchan(self) -> Server:
+        """nginx with the nchan module, one worker. Raises `Missing`."""
+        module = nchan_module()
+        if module is None:
+            raise Missing("nginx with nchan is not installed")
+        # The worker may run as another user.
+        self._directory.chmod(0o755)
+        open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return self._nginx(Worker, "nchan", NCHAN=str(module), OPEN_FILES=str(open_files))
+
+    def _nginx(self, kind: type[Server], peer: str, **values: str) -> Server:
+        """nginx with the configuration of a peer, in which words in capitals stand for values."""
         binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
         if binary is None:
             raise Missing("nginx is not installed")
         directory = Path(tempfile.mkdtemp(dir=self._directory))
-        port = _free_port()
-        template = (Path(__file__).parent / "peers" / "nginx.conf").read_text()
-        config = directory / "nginx.conf"
-        config.write_text(
-            template.replace("DIRECTORY", str(directory))
-            .replace("LISTEN", f"127.0.0.1:{port}")
-            .replace("UPSTREAM", f"127.0.0.1:{upstream.port}")
-        )
-        command = [binary, "-p", str(directory), "-e", str(directory / "error.log"), "-c", str(config)]
-        server = self._keep(Server("nginx", command, self._directory))
-        server.at(f"http://127.0.0.1:{port}")
-        _await_port(port)
-        return server
-
-    def nchan(self) -> Server:
-        """nginx with the nchan module, one worker. Raises `Missing`."""
-        binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-        module = nchan_module()
-        if binary is None or module is None:
-            raise Missing("nginx with nchan is not installed")
-        directory = Path(tempfile.mkdtemp(dir=self._directory))
-        # The worker may run as another user.
-        self._directory.chmod(0o755)
         directory.chmod(0o755)
         port = _free_port()
+        text = (Path(__file__).parent / "peers" / f"{peer}.conf").read_text()
+        values |= {"DIRECTORY": str(directory), "LISTEN": f"127.0.0.1:{port}"}
+        for word, value in values.items():
+            text = text.replace(word, value)
         config = directory / "nginx.conf"
-        config.write_text(
-            (Path(__file__).parent / "peers" / "nchan.conf")
-            .read_text()
-            .replace("DIRECTORY", str(directory))
-            .replace("NCHAN", str(module))
-            .replace("OPEN_FILES", str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
-            .replace("LISTEN", f"127.0.0.1:{port}")
-        )
+        config.write_text(text)
         command = [binary, "-p", str(directory), "-e", str(directory / "error.log"), "-c", str(config)]
-        server = self._keep(Worker("nchan", command, self._directory))
+        server = self._keep(kind(peer, command, self._directory))
         server.at(f"http://127.0.0.1:{port}")
         _await_port(port)
         return server
