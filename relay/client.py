@@ -322,6 +322,7 @@ class Producer:
             raise
         self._delivering = asyncio.create_task(self._deliver())
         self._watching = asyncio.create_task(self._watch())
+        self._stack.push_async_callback(_cancelled, self._delivering, self._watching)
         return self
 
     async def send(self, data: Any, event: str = "") -> None:
@@ -390,7 +391,6 @@ class Producer:
             elif error is not None:
                 await self._break_off(self._over if interrupted and self._over else error)
         finally:
-            await _cancelled(self._delivering, self._watching)
             await self._stack.aclose()
         if interrupted and self._over is not None:
             raise self._over from None

@@ -437,13 +437,34 @@ def test_p7_a_cancel_interrupts_a_block_that_waits(relay: RelayProcess, name: st
             await producer.flush()
             ended = await cancel(relay.url, name, reason="Enough.")
             assert (ended["run"], ended["status"]) == (producer.run, "cancelled")
-            await asyncio.Event().wait()
+            await asyncio.wait_for(asyncio.Event().wait(), DEADLINE_S / 2)
 
     with pytest.raises(RunEnded) as over:
         go(push())
     assert (over.value.extra["run_status"], over.value.extra["reason"]) == ("cancelled", "client_cancel")
     assert whole_run(relay, name).ended["error"] == "Enough."
     assert go(cancel(relay.url, name)) == {"stream": name, "run": None}
+
+
+def test_a_cancellation_from_outside_stays_one_when_the_run_is_over_too(
+    relay: RelayProcess, name: str
+) -> None:
+    async def push() -> None:
+        async with Producer(relay.url, name):
+            try:
+                await cancel(relay.url, name)
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+                await asyncio.Event().wait()
+
+    async def both() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(push())
+
+    go(both())
 
 
 def test_p4_a_run_that_was_taken_over_is_left_alone(relay: RelayProcess, name: str) -> None:
