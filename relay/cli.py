@@ -23,7 +23,7 @@ import orjson
 import uvloop
 
 from relay.app import App
-from relay.client import PushOptions, cancel_run, list_streams, push_run, show, tail_stream
+from relay.commands import PushOptions, cancel_run, list_streams, push_run, show, tail_stream
 from relay.demo import sample_agent
 from relay.errors import RelayError, StartupError
 from relay.journal.base import Journal

@@ -1,409 +1,238 @@
-"""What the command line asks of a running relay."""
+"""A client of relay: `subscribe` reads a stream, `Producer` pushes a run, `cancel` and `transcript` ask once.
+
+Errors are those of `relay.errors`, found by the `code` of relay's problem document, so that `except RunEnded`
+means the same on both sides; what no class stands for is `Refused`, and no answer at all `Unreachable`.
+Answers that time may change (408, 425, 429, 5xx but 501), cut connections and silence are asked again, after
+`Retry-After` where there is one, with backoff and full jitter, until nothing good was heard for `give_up_s`.
+Only a first request that nothing answers fails at once, because then the URL is likely wrong.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import codecs
 import contextlib
+import io
+import random
 import secrets
-import threading
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import quote
 
 import aiohttp
 import orjson
 
-from relay.errors import RelayError
-from relay.limits import check_stream_name
+from relay import errors
+from relay.cursor import RESUME_PREFIX, parse_cursor, parse_resume_id
+from relay.errors import (
+    CursorGone,
+    Fenced,
+    InvalidEvent,
+    InvalidParameter,
+    RelayError,
+    RunEnded,
+    UnknownRun,
+    UnknownStream,
+)
+from relay.frame import CONTROL_EVENT, check_event_name
+from relay.limits import check_run_name, check_stream_name
 from relay.ndjson import NDJSON
 
-RECONNECT_S = 1.0
-
-RETRY_S = 0.25
-RETRY_MAX_S = 5.0
-"""Pause before a request that relay could not take is made again; doubled up to the second one."""
+RETRY_S = 1.0
+RETRY_MAX_S = 30.0
+"""A pause before asking again is drawn from 0 to the first, doubled by each failure up to the second."""
 
 GIVE_UP_S = 300.0
-"""How long a pushed run waits for a relay that went away."""
+"""How long a relay that went away is asked again."""
+
+SILENCE_S = 45.0
+"""A connection silent for so long is dead: relay's heartbeat comes every 15 s, unless it is set otherwise."""
 
 HEARTBEAT_S = 20
-"""How long one heartbeat waits to hear that the run is over."""
+"""How long one heartbeat of a producer waits to hear that the run is over."""
+
+BREAK_OFF_S = 10.0
+"""How long a producer that breaks off tries to say so."""
 
 BATCH_MAX_FRAMES = 1000
 BATCH_MAX_BYTES = 1024 * 1024
-LINE_MAX_BYTES = 8 * 1024 * 1024
-READ_BYTES = 64 * 1024
+"""What a producer holds while a request is under way; the frame that fills it is in it."""
 
-_ANSWERED = aiohttp.ClientTimeout(total=120)
+_ANSWERED = aiohttp.ClientTimeout(total=120, sock_connect=30)
 """Longest wait for one answer: relay itself waits so long for a journal that is away, and less."""
+
+_BY_CODE = {
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, RelayError)
+}
+
+_CONNECTION_CONTROLS = ("hello", "gap", "reset", "live", "bye", "heartbeat")
 
 
 class Refused(RelayError):
-    """A relay could not be asked, or said no."""
+    """relay, or what stands in its place, said no in a way that no class of `relay.errors` stands for. `code`
+    is the problem document's, or `not_relay`; `status` that of the answer."""
 
-    code, title = "refused", "Refused"
+    title = "Refused"
 
-
-async def list_streams(url: str, echo: Callable[[str], Any]) -> None:
-    """Print one line a stream: name, frames' last id, state."""
-    async with _session() as session:
-        after = ""
-        while True:
-            page = await _get_json(session, f"{url.rstrip('/')}/relay/v1/streams", {"after": after})
-            for stream in page["streams"]:
-                state = "sealed" if stream["sealed"] else "idle"
-                if stream["open_runs"]:
-                    state = f"running {','.join(stream['open_runs'])}"
-                columns = (stream["stream"], stream["top"], f"{stream['runs']} runs", state, stream["active"])
-                echo("\t".join(columns))
-            if not page["more"]:
-                return
-            after = page["after"]
+    def __init__(self, detail: str, *, code: str, status: int, title: str = title, **extra: Any) -> None:
+        super().__init__(detail, **extra)
+        self.code, self.status, self.title = code, status, title
 
 
-async def tail_stream(
+class Unreachable(RelayError):
+    """Nothing answered, or not for `give_up_s`."""
+
+    code, status, title = "unreachable", 0, "relay cannot be reached"
+
+
+# Reading
+
+
+class Frame(NamedTuple):
+    """One frame as it was read. `id` is the cursor behind it, `<seq>-<ms>`; `event` may be empty; `data` is
+    text, as its producer gave it; `at` is when it was journaled, RFC 3339 in UTC.
+
+    Control frames have the event `relay`. Those of the connection alone (`hello`, `gap`, `reset`, `live`,
+    `bye`) carry the position they establish as `id`, perhaps "", and `run` and `at` are "".
+    """
+
+    id: str
+    event: str
+    data: str
+    run: str
+    at: str
+
+    @property
+    def control(self) -> dict[str, Any] | None:
+        """What a control frame says, `{"type": …}` as PROTOCOL.md has it; None for a producer's frame."""
+        if self.event != CONTROL_EVENT:
+            return None
+        said: dict[str, Any] = orjson.loads(self.data)
+        return said
+
+
+async def subscribe(
     url: str,
     stream: str,
-    after: str,
-    run: str | None,
-    wait_s: float,
-    as_json: bool,
-    echo: Callable[[str], Any],
-) -> None:
-    """Print a stream's frames, one line each, until it ends; comes back after a cut, or a restart of relay,
-    from its cursor. Raises `Refused` when relay cannot be reached at first, or does not serve the stream."""
-    check_stream_name(stream)
-    route = f"{_stream_route(url, stream)}/events"
-    params = {"after": after, "wait": f"{wait_s:g}"} | ({} if run is None else {"run": run})
-    headers = {"Accept": NDJSON}
-    reached = False
-    async with _session() as session:
+    *,
+    after: str = "start",
+    run: str | None = None,
+    wait_s: float = 0.0,
+    control: Literal["none", "events"] = "none",
+    silence_s: float = SILENCE_S,
+    give_up_s: float = GIVE_UP_S,
+    session: aiohttp.ClientSession | None = None,
+) -> AsyncGenerator[Frame, None]:
+    """Read a stream, each frame once and none skipped in silence, over any number of connections, until it
+    has ended: it is sealed without an open run, or the `run` asked for has ended.
+
+    `after` is `start`, `tail`, or the `id` of the last frame that was dealt with, also of an earlier process.
+    `run` is a run's name, `current` or `latest`. `wait_s` waits for a stream that does not exist yet (60 at
+    most). With `control="events"` control frames are yielded too, those of each connection among them, and
+    `gap` and `reset` say that frames were lost before the next one. Without, a loss raises `CursorGone`,
+    whose `extra["cursor"]` is the `after` to go on from for who takes the loss.
+
+    Raises `UnknownStream` when there is none, when it was not created in time, or was deleted; `Unreachable`;
+    and what else relay refuses. Leaving the iteration early closes the connection when the generator is
+    closed: `contextlib.aclosing` does that at once.
+    """
+    place = _Place(after, contiguous=run is None)
+    params = {"wait": f"{wait_s:g}"} | ({} if run is None else {"run": run})
+    route = _stream_route(url, stream)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=silence_s + wait_s)
+    async with _borrowed(session) as asking:
+        retrying = _Retrying(url, give_up_s)
         while True:
+            pause_s = None
             try:
-                async with session.get(route, params=params, headers=headers) as response:
-                    reached = True
+                async with asking.get(
+                    f"{route}/events", params=params | place.params, headers=place.headers, timeout=timeout
+                ) as response:
                     if response.status == 204:
                         return
                     await _raise_for(response)
+                    retrying.heard()
                     async for line in _lines(response):
-                        frame = orjson.loads(line)
-                        if frame["id"] is not None:
-                            headers["Last-Event-ID"] = frame["id"]
-                        goodbye = _goodbye(frame)
-                        if goodbye == "not_yet":
-                            raise Refused(f"The stream {stream!r} was not created in time.")
-                        _print(frame, as_json, echo)
-                        if goodbye in ("ended", "deleted"):
-                            return
-            except BrokenPipeError:
-                raise  # who reads our lines is gone, not relay
-            except (aiohttp.ClientError, OSError) as error:
-                if not reached or isinstance(error, aiohttp.InvalidURL):
-                    raise _unreachable(url, error) from None
-                # Cut: the cursor says where to go on.
-            await asyncio.sleep(RECONNECT_S)
-
-
-async def show(url: str, stream: str, run: str | None, transcript: bool, echo: Callable[[str], Any]) -> None:
-    """Print what relay knows of a stream and its runs, or of one run, or a run's transcript, as JSON."""
-    check_stream_name(stream)
-    route = _stream_route(url, stream)
-    async with _session() as session:
-        if run is None:
-            found = await _get_json(session, route, {})
-            found["runs"] = []
-            page: dict[str, Any] = {"more": True, "after": ""}
-            while page["more"]:
-                page = await _get_json(session, f"{route}/runs", {"after": page["after"]})
-                found["runs"] += page["runs"]
-        else:
-            suffix = "/transcript" if transcript else ""
-            found = await _get_json(session, f"{route}/runs/{quote(run, safe='')}{suffix}", {})
-    echo(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
-
-
-async def cancel_run(url: str, stream: str, run: str | None, echo: Callable[[str], Any]) -> None:
-    """Cancel a run, or the current one of a stream, and print how it ended."""
-    check_stream_name(stream)
-    route = _stream_route(url, stream)
-    route += "/cancel" if run is None else f"/runs/{quote(run, safe='')}/cancel"
-    async with _session() as session:
-        try:
-            async with session.post(route) as response:
-                await _raise_for(response)
-                ended = await response.json(loads=orjson.loads)
-        except (aiohttp.ClientError, aiohttp.InvalidURL) as error:
-            raise _unreachable(url, error) from None
-    if ended["run"] is None:
-        echo("no run is open")
-    else:
-        echo(f"{ended['run']}\t{ended['status']}\t{ended['reason']}")
-
-
-@dataclass(frozen=True)
-class PushOptions:
-    """How input becomes a run. `form` is `lines`, `text` (as it comes) or `ndjson` (objects with `data` and
-    perhaps `event`); `event` names the events of the first two. `opening` is what is asked of the run."""
-
-    form: str
-    event: str
-    opening: dict[str, Any]
-
-
-async def push_run(
-    url: str,
-    stream: str,
-    read: Callable[[int], bytes],
-    options: PushOptions,
-    echo: Callable[[str], Any],
-) -> None:
-    """Make one run of everything that `read` gives until it gives nothing, and complete it. Frames are
-    numbered, so that requests are made again until relay has taken them, and a run that has a name can be
-    pushed again from the beginning. Raises `Refused` when relay does not take the run or ends it; a run that
-    breaks off here ends `failed`."""
-    check_stream_name(stream)
-    async with _session() as session:
-        producer = _Producer(session, url, stream, options)
-        await producer.open()
-        echo(producer.run)
-        if producer.completed:
-            return
-        watching = asyncio.create_task(producer.watch())
-        pushing = asyncio.create_task(producer.push(_events(read, options)))
-        try:
-            await asyncio.wait((watching, pushing), return_when=asyncio.FIRST_COMPLETED)
-            if watching.done():
-                watching.result()  # raises: the run is over, or cannot be reached
-            await pushing
-        except BaseException as error:
-            await _cancelled(watching, pushing)
-            if not isinstance(error, _Over):
-                broken_off = isinstance(error, asyncio.CancelledError)
-                await producer.fail("relay push was interrupted." if broken_off else str(error))
-            raise
-        finally:
-            await _cancelled(watching, pushing)
-
-
-class _Over(Refused):
-    """The run is over, or another producer's."""
-
-
-class _NotNow(Refused):
-    """A refusal that time may change."""
-
-
-class _Producer:
-    """One pushed run."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str, stream: str, options: PushOptions) -> None:
-        self.run = options.opening.get("run") or secrets.token_hex(12)
-        self.completed = False
-        self._session = session
-        self._url = url
-        self._runs = f"{_stream_route(url, stream)}/runs"
-        self._run = f"{self._runs}/{quote(self.run, safe='')}"
-        self._options = options
-        self._writer = ""
-        self._next_seq = 1
-
-    async def open(self) -> None:
-        """Open the run. One that is there already gets from us what it does not have; one that has completed
-        has everything."""
-        opened = await self._post(self._runs, {}, json=self._options.opening | {"run": self.run})
-        if "writer" not in opened:
-            self.completed = opened["status"] == "completed"
-            if not self.completed:
-                raise self._over(opened)
-            return
-        self._writer = opened["writer"]
-        if self._options.form == "text" and opened["next_seq"] > 1:
-            error = "A run of text cannot be pushed again: its pieces are not the same each time."
-            await self.fail(error)
-            raise Refused(error)
-
-    async def push(self, batches: AsyncIterator[list[dict[str, Any]]]) -> None:
-        """Append every batch, then complete the run."""
-        async for batch in batches:
-            await self._append(batch, {})
-        await self._append([], {"end": "completed"})
-
-    async def watch(self) -> None:
-        """Keep the run from its idle timeout; raises `Refused` when it is over."""
-        while True:
-            state = await self._post(f"{self._run}/heartbeat", {"wait": str(HEARTBEAT_S)})
-            if state["status"] == "completed":
-                return
-            if state["status"] != "open":
-                raise self._over(state)
-
-    async def fail(self, error: str) -> None:
-        """End the run as one that its producer broke off. Asked once."""
-        body = {"status": "failed", "error": error}
-        with contextlib.suppress(aiohttp.ClientError, OSError, Refused):
-            await self._post_once(f"{self._run}/end", {}, json=body)
-
-    async def _append(self, frames: list[dict[str, Any]], params: dict[str, str]) -> None:
-        headers = {"Relay-Seq": str(self._next_seq)}
-        await self._post(f"{self._run}/frames", params, json=frames, headers=headers)
-        self._next_seq += len(frames)
-
-    async def _post(self, route: str, params: dict[str, str], **request: Any) -> Any:
-        """Ask until there is an answer."""
-        loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + (GIVE_UP_S if self._writer else 0)
-        pause_s = RETRY_S
-        while True:
-            try:
-                return await self._post_once(route, params, **request)
+                        frame = _frame(line)
+                        said = frame.control
+                        kind = said["type"] if said is not None else ""
+                        if said is None or kind not in _CONNECTION_CONTROLS:
+                            if place.advance(frame.id) and (said is None or control == "events"):
+                                yield frame
+                            continue
+                        lost = kind in ("gap", "reset")
+                        place.establish(frame.id, lost)
+                        reason = said.get("reason", kind)
+                        if kind == "bye" and reason == "not_yet":
+                            raise UnknownStream(f"The stream {stream!r} was not created in time.")
+                        if control == "events":
+                            yield frame
+                        elif lost:
+                            raise CursorGone("Frames were lost.", reason=reason, cursor=frame.id)
+                        if kind == "bye":
+                            if reason == "ended":
+                                return
+                            if reason == "deleted":
+                                raise UnknownStream(f"The stream {stream!r} was deleted.")
+                            pause_s = said["retry_ms"] / 1000
+                            break
             except (aiohttp.ClientError, OSError, _NotNow) as error:
-                if loop.time() >= give_up_at or isinstance(error, aiohttp.InvalidURL):
-                    raise error if isinstance(error, _NotNow) else _unreachable(self._url, error) from None
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, RETRY_MAX_S)
-
-    async def _post_once(self, route: str, params: dict[str, str], **request: Any) -> Any:
-        headers = ({"Relay-Writer": self._writer} if self._writer else {}) | request.pop("headers", {})
-        async with self._session.post(
-            route, params=params, headers=headers, timeout=_ANSWERED, **request
-        ) as response:
-            try:
-                await _raise_for(response)
-            except Refused as refused:
-                if response.status == 503:
-                    raise _NotNow(refused.detail) from None
-                problem = refused.extra
-                if problem.get("code") == "run_ended":
-                    raise self._over({"status": problem["run_status"], "reason": problem["reason"]}) from None
-                if problem.get("code") in ("fenced", "unknown_run", "unknown_stream"):
-                    raise _Over(refused.detail) from None
-                raise
-            return await response.json(loads=orjson.loads)
-
-    def _over(self, state: dict[str, Any]) -> _Over:
-        return _Over(f"The run {self.run!r} has ended: {state['status']}, {state['reason']}.")
+                await retrying.pause(error)
+            else:
+                # relay says itself when to come back; an answer that just ends was cut.
+                await asyncio.sleep(random.uniform(0, RETRY_S) if pause_s is None else pause_s)
 
 
-async def _cancelled(*tasks: asyncio.Task[None]) -> None:
-    """Cancel tasks and wait until they are."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+class _Place:
+    """Where a reader stands, and which frames are new to it."""
 
-
-async def _events(read: Callable[[int], bytes], options: PushOptions) -> AsyncIterator[list[dict[str, Any]]]:
-    """What is read, as batches of events: everything that is there, as soon as it is there."""
-    cut = _pieces if options.form == "text" else _lines_of
-    async for texts in cut(_chunks(read)):
-        if options.form == "ndjson":
-            texts = [text for text in texts if text.strip()]
-        for batch in _batches([_event(text, options) for text in texts]):
-            yield batch
-
-
-async def _pieces(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[str]]:
-    """Text as it comes, whole characters at a time."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    async for data in chunks:
-        if text := decoder.decode(data):
-            yield [text]
-    if text := decoder.decode(b"", final=True):
-        yield [text]
-
-
-async def _lines_of(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[str]]:
-    """Lines, without LF or CRLF; the last one needs no end."""
-    partial = bytearray()
-    async for data in chunks:
-        *lines, rest = data.split(b"\n")
-        if lines:
-            lines[0] = bytes(partial) + lines[0]
-            partial.clear()
-        partial += rest
-        yield [_line(line) for line in lines]
-        if len(partial) > LINE_MAX_BYTES:
-            raise Refused(f"A line is longer than {LINE_MAX_BYTES} bytes.")
-    yield [_line(bytes(partial))] if partial else []
-
-
-def _line(line: bytes) -> str:
-    return line.removesuffix(b"\r").decode(errors="replace")
-
-
-def _event(text: str, options: PushOptions) -> dict[str, Any]:
-    if options.form != "ndjson":
-        return {"event": options.event, "data": text}
-    try:
-        event = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        event = None
-    if not isinstance(event, dict):
-        raise Refused(f"Not a JSON object: {text[:80]!r}")
-    return event
-
-
-def _batches(events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    batches: list[list[dict[str, Any]]] = []
-    size = BATCH_MAX_BYTES
-    for event in events:
-        if size >= BATCH_MAX_BYTES or len(batches[-1]) >= BATCH_MAX_FRAMES:
-            batches.append([])
-            size = 0
-        batches[-1].append(event)
-        size += len(str(event.get("data", "")))
-    return batches
-
-
-async def _chunks(read: Callable[[int], bytes]) -> AsyncIterator[bytes]:
-    """What is read until nothing comes, by a thread that reads one chunk ahead. Raises `Refused`."""
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[bytes | OSError] = asyncio.Queue()
-    room = threading.Semaphore()
-
-    def read_all() -> None:
-        data: bytes | OSError = b" "
-        while isinstance(data, bytes) and data:
-            room.acquire()
-            try:
-                data = read(READ_BYTES)
-            except OSError as error:
-                data = error
-            try:
-                loop.call_soon_threadsafe(queue.put_nowait, data)
-            except RuntimeError:
-                return  # the loop is closed: nobody wants it any more
-
-    # A daemon: it may wait for input for ever.
-    threading.Thread(target=read_all, name="relay-push-input", daemon=True).start()
-    while True:
-        data = await queue.get()
-        if isinstance(data, OSError):
-            raise Refused(f"The input cannot be read: {data.strerror or data}.")
-        if not data:
+    def __init__(self, after: str, contiguous: bool) -> None:
+        self.params: dict[str, str] = {}
+        self.headers = {"Accept": NDJSON}
+        self._contiguous = contiguous
+        self._seq: int | None = None
+        if after in ("start", "tail"):
+            self.params["after"] = after
             return
-        room.release()
-        yield data
+        cursor = parse_resume_id(after).cursor if after.startswith(RESUME_PREFIX) else parse_cursor(after)
+        self._stand(after, cursor.seq)
+
+    def advance(self, cursor: str) -> bool:
+        """Whether a journaled frame is new; raises `CursorGone` where frames are missing before it."""
+        seq = parse_cursor(cursor).seq
+        if self._seq is not None:
+            if seq <= self._seq:
+                return False
+            if self._contiguous and seq != self._seq + 1:
+                detail = f"Frames are missing between {self._seq} and {seq}."
+                raise CursorGone(detail, reason="hole", cursor=self.headers["Last-Event-ID"])
+        self._stand(cursor, seq)
+        return True
+
+    def establish(self, cursor: str, lost: bool) -> None:
+        """Hear a connection's position. Who has one believes another only where a loss is said, so that a
+        wrong one shows as a hole; of one run frames need not follow each other."""
+        if cursor:
+            seq = parse_cursor(cursor).seq
+            if lost or self._seq is None or (not self._contiguous and seq > self._seq):
+                self._stand(cursor, seq)
+
+    def _stand(self, cursor: str, seq: int) -> None:
+        self.headers["Last-Event-ID"] = cursor
+        self._seq = seq
 
 
-def _stream_route(url: str, stream: str) -> str:
-    return f"{url.rstrip('/')}/relay/v1/streams/{quote(stream, safe='')}"
+def _frame(line: bytes) -> Frame:
+    members = orjson.loads(line)
+    names = ("id", "event", "data", "run", "at")
+    return Frame(*(members[name] or "" for name in names))
 
 
-def _unreachable(url: str, error: Exception) -> Refused:
-    if isinstance(error, aiohttp.InvalidURL):
-        return Refused(f"{url.partition('/relay/')[0]!r} is not a URL, such as http://127.0.0.1:8080.")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return Refused(f"Nothing answers at {url.partition('/relay/')[0]}.")
-    return Refused(f"Cannot reach {url}: {error}")
-
-
-def _session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), read_bufsize=2**20)
-
-
-async def _lines(response: aiohttp.ClientResponse) -> Any:
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     partial = b""
     async for data in response.content.iter_any():
         *lines, partial = (partial + data).split(b"\n")
@@ -412,38 +241,429 @@ async def _lines(response: aiohttp.ClientResponse) -> Any:
                 yield line
 
 
-def _goodbye(frame: dict[str, Any]) -> str | None:
-    """Why relay closes, if this is where it says so."""
-    if frame["event"] != "relay" or frame["run"] is not None:
-        return None
-    notice: dict[str, str] = orjson.loads(frame["data"])
-    return notice["reason"] if notice["type"] == "bye" else None
+# Pushing
 
 
-def _print(frame: dict[str, Any], as_json: bool, echo: Callable[[str], Any]) -> None:
-    if as_json:
-        echo(orjson.dumps(frame).decode())
-    else:
-        echo(f"{frame['id'] or '-'}\t{frame['event']}\t{frame['data']}")
+class Producer:
+    """A run that is pushed, as an async context manager: opened on entering, ended on leaving: `completed`,
+    or `failed` with the exception's text.
+
+    Frames are numbered and sent in batches, each while the next one is gathered, and again until relay has
+    taken them; a repeated one is journaled once. While the producer is silent, heartbeats keep the run alive.
+    When the run is over before its block is (cancelled, taken over, timed out), or relay refuses it or cannot
+    be reached, the block is cancelled where it waits, and leaving it raises `RunEnded` (`extra` has
+    `run_status` and `reason`), `Fenced`, or what else it was.
+
+    `run` names the run; a name that exists is the same run, with a new writer token: `next_seq` says where to
+    go on. With `from_first` the frames are given again from the first one, and those that are there already
+    are dropped. `take_over` asks for the writer of a run that must exist, also of a proxied one, whose
+    upstream is then closed. The other options are those of `POST …/runs`: `supersedes` is a run, several, or
+    `latest`, `idle_timeout_s` seconds, `metadata` any JSON.
+
+    Entering raises `RunEnded` when the run has ended already, `StreamBusy`, `UnknownRun`, and so on.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        stream: str,
+        *,
+        run: str | None = None,
+        from_first: bool = False,
+        take_over: bool = False,
+        dialect: str | None = None,
+        supersedes: str | Sequence[str] | None = None,
+        if_busy: str | None = None,
+        idle_timeout_s: float | None = None,
+        seal: bool | None = None,
+        metadata: Any = None,
+        give_up_s: float = GIVE_UP_S,
+        session: aiohttp.ClientSession | None = None,
+    ) -> None:
+        if take_over and run is None:
+            raise InvalidParameter("'take_over' needs the name of a run.", parameter="run")
+        # A name of our own makes the opening repeatable.
+        self.run = secrets.token_hex(12) if run is None else check_run_name(run)
+        self.stream = stream
+        self.next_seq = 1
+        """The number of the frame that is given next, counting the run's frames from 1."""
+        self._route = _stream_route(url, stream)
+        self._from_first = from_first
+        self._take_over = take_over
+        wishes = {
+            "run": self.run, "dialect": dialect, "supersedes": supersedes, "if_busy": if_busy,
+            "idle_timeout_s": idle_timeout_s, "seal": seal, "metadata": metadata,
+        }  # fmt: skip
+        self._opening = {name: value for name, value in wishes.items() if value is not None}
+        self._url = url
+        self._give_up_s = give_up_s
+        self._lent = session
+        self._stack = contextlib.AsyncExitStack()
+        self._writer = ""
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+        self._under_way = False
+        self._changed = asyncio.Condition()
+        self._over: Exception | None = None
+        self._ended = False
+        self._leaving = False
+        self._interrupted = False
+
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._session = await self._stack.enter_async_context(_borrowed(self._lent))
+        try:
+            await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        self._delivering = asyncio.create_task(self._deliver())
+        self._watching = asyncio.create_task(self._watch())
+        self._stack.push_async_callback(_cancelled, self._delivering, self._watching)
+        return self
+
+    async def send(self, data: Any, event: str = "") -> None:
+        """Give a frame: text, or any JSON but None, and an event name. Returns when it is held, which waits
+        for room while a request is under way; `flush` waits for the journal. Raises `InvalidEvent`, and why
+        the run is over when it is."""
+        if data is None:
+            raise InvalidEvent("The data of a frame cannot be null.")
+        try:
+            encoded = orjson.dumps({"event": check_event_name(event), "data": data})
+        except TypeError as error:
+            raise InvalidEvent(f"The data of a frame cannot be sent: {error}") from None
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._over is not None or self._has_room())
+            self._raise_if_over()
+            self._waiting.append(encoded)
+            self._waiting_bytes += len(encoded)
+            self.next_seq += 1
+            self._changed.notify_all()
+
+    async def flush(self) -> None:
+        """Wait until all that was given is journaled; raises why the run is over when it is before."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._over is not None or not (self._waiting or self._under_way)
+            )
+            self._raise_if_over()
+
+    async def end(
+        self, status: Literal["completed", "failed"] = "completed", *, reason: str = "", error: str = ""
+    ) -> None:
+        """Journal all that was given and end the run, before the block ends or otherwise than it would:
+        `reason` may be `input_required` of a completed run, `error` is the text of a failed one."""
+        await self.flush()
+        self._leaving = True
+        await _cancelled(self._watching)  # which would take our ending for another's
+        try:
+            await self._end({"status": status, "reason": reason or None, "error": error or None})
+        except RunEnded as ended:
+            # Of a run that is ours to write only we complete or fail: an answer of ours was lost.
+            if ended.extra.get("run_status") != status:
+                raise
+        self._ended = True
+        await self._stop(RunEnded(f"The run {self.run!r} has ended.", run_status=status, reason=reason))
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leaving = True
+        # As asyncio.timeout does it: a cancellation that somebody else asked for as well stays one.
+        interrupted = (
+            self._interrupted
+            and self._task.uncancel() <= self._cancelling
+            and isinstance(error, asyncio.CancelledError)
+        )
+        try:
+            if error is None and not self._ended:
+                try:
+                    await self.end()
+                except BaseException as failure:
+                    await self._break_off(failure)
+                    raise
+            elif error is not None:
+                await self._break_off(self._over if interrupted and self._over else error)
+        finally:
+            await self._stack.aclose()
+        if interrupted and self._over is not None:
+            raise self._over from None
+
+    async def _open(self) -> None:
+        if self._take_over:
+            opened = await self._ask(f"{self._run_route}/writer")
+        else:
+            opened = await self._ask(f"{self._route}/runs", json=self._opening)
+        if "writer" not in opened:
+            raise self._has_ended(opened)
+        self._writer = opened["writer"]
+        if not self._from_first:
+            self.next_seq = opened["next_seq"]
+
+    async def _deliver(self) -> None:
+        """Send what is given, a batch at a time."""
+        try:
+            while True:
+                async with self._changed:
+                    await self._changed.wait_for(lambda: bool(self._waiting))
+                    frames, self._waiting, self._waiting_bytes = self._waiting, [], 0
+                    first = self.next_seq - len(frames)
+                    self._under_way = True
+                    self._changed.notify_all()
+                headers = {"Content-Type": "application/json", "Relay-Seq": str(first)}
+                await self._ask(f"{self._run_route}/frames", headers, b"[%b]" % b",".join(frames))
+                async with self._changed:
+                    self._under_way = False
+                    self._changed.notify_all()
+        except Exception as error:  # whatever it is, the block must not wait for us in vain
+            await self._stop(error)
+
+    async def _watch(self) -> None:
+        """Keep the run from its idle timeout, and hear that it is over."""
+        try:
+            while True:
+                state = await self._ask(f"{self._run_route}/heartbeat", params={"wait": str(HEARTBEAT_S)})
+                if state["status"] != "open":
+                    raise self._has_ended(state)
+        except Exception as error:  # whatever it is, the block must not wait for us in vain
+            await self._stop(error)
+
+    async def _stop(self, error: Exception) -> None:
+        """The run is over: tell who waits, and cancel the block."""
+        async with self._changed:
+            if self._over is not None:
+                return
+            self._over = error
+            self._changed.notify_all()
+        if not self._leaving:
+            self._interrupted = True
+            self._task.cancel()
+
+    async def _break_off(self, error: BaseException) -> None:
+        """End the run as failed, if it can be said soon and is ours to say."""
+        if self._ended or isinstance(self._over, RunEnded | Fenced | UnknownRun | UnknownStream):
+            return
+        text = str(error) or type(error).__name__
+        if isinstance(error, asyncio.CancelledError):
+            text = "The producer was interrupted."
+        with contextlib.suppress(RelayError, TimeoutError):
+            async with asyncio.timeout(BREAK_OFF_S):
+                if self._over is None:
+                    await self.flush()
+                await self._end({"status": "failed", "error": text})
+
+    async def _end(self, ending: dict[str, Any]) -> None:
+        await self._ask(f"{self._run_route}/end", json=ending)
+
+    async def _ask(
+        self, route: str, headers: dict[str, str] | None = None, body: bytes | None = None, **request: Any
+    ) -> Any:
+        retrying = _Retrying(self._url, self._give_up_s, reached=bool(self._writer))
+        sent = ({"Relay-Writer": self._writer} if self._writer else {}) | (headers or {})
+        return await _answer(self._session, "POST", route, retrying, body, headers=sent, **request)
+
+    @property
+    def _run_route(self) -> str:
+        return f"{self._route}/runs/{quote(self.run, safe='')}"
+
+    def _has_room(self) -> bool:
+        return len(self._waiting) < BATCH_MAX_FRAMES and self._waiting_bytes < BATCH_MAX_BYTES
+
+    def _raise_if_over(self) -> None:
+        if self._over is not None:
+            raise self._over
+
+    def _has_ended(self, state: dict[str, Any]) -> RunEnded:
+        status, reason = state["status"], state["reason"]
+        return RunEnded(
+            f"The run {self.run!r} has ended: {status}, {reason}.", run_status=status, reason=reason
+        )
 
 
-async def _get_json(session: aiohttp.ClientSession, url: str, params: dict[str, str]) -> Any:
-    try:
-        async with session.get(url, params=params) as response:
-            await _raise_for(response)
-            return await response.json(loads=orjson.loads)
-    except (aiohttp.ClientError, aiohttp.InvalidURL) as error:
-        raise _unreachable(url, error) from None
+# Asking
+
+
+async def cancel(
+    url: str,
+    stream: str,
+    run: str | None = None,
+    *,
+    reason: str = "",
+    give_up_s: float = GIVE_UP_S,
+    session: aiohttp.ClientSession | None = None,
+) -> dict[str, Any]:
+    """Cancel a run, or the newest open one of a stream; what it said stays. Returns the run as it ended, now
+    or before: `run`, `status`, `reason` …, or `{"stream", "run": None}` when none is open. `reason` becomes
+    the error text of the ending. Raises `UnknownStream`, `UnknownRun`."""
+    route = _stream_route(url, stream)
+    route += "/cancel" if run is None else f"/runs/{quote(run, safe='')}/cancel"
+    body = {"reason": reason} if reason else {}
+    async with _borrowed(session) as asking:
+        ended: dict[str, Any] = await _answer(asking, "POST", route, _Retrying(url, give_up_s), json=body)
+    return ended
+
+
+async def transcript(
+    url: str,
+    stream: str,
+    run: str = "latest",
+    *,
+    give_up_s: float = GIVE_UP_S,
+    session: aiohttp.ClientSession | None = None,
+) -> dict[str, Any]:
+    """The text that was shown of a run (a name, `current` or `latest`), whatever its ending: `status`,
+    `reason`, `text`, `parts`, `frames`, `truncated` … as PROTOCOL.md has it. Raises `UnknownStream`,
+    `UnknownRun`."""
+    route = f"{_stream_route(url, stream)}/runs/{quote(run, safe='')}/transcript"
+    text: dict[str, Any] = await get(route, give_up_s=give_up_s, session=session)
+    return text
+
+
+async def get(
+    url: str,
+    params: dict[str, str] | None = None,
+    *,
+    give_up_s: float = GIVE_UP_S,
+    session: aiohttp.ClientSession | None = None,
+) -> Any:
+    """What one of relay's JSON routes answers; `url` is the whole of it."""
+    async with _borrowed(session) as asking:
+        return await _answer(asking, "GET", url, _Retrying(url, give_up_s), params=params or {})
+
+
+def _stream_route(url: str, stream: str) -> str:
+    return f"{url.rstrip('/')}/relay/v1/streams/{quote(check_stream_name(stream), safe='')}"
+
+
+@contextlib.asynccontextmanager
+async def _borrowed(session: aiohttp.ClientSession | None) -> AsyncIterator[aiohttp.ClientSession]:
+    """The caller's session, which stays open, or one of our own."""
+    if session is not None:
+        yield session
+        return
+    async with aiohttp.ClientSession(read_bufsize=2**20) as own:
+        yield own
+
+
+class _NotNow(Exception):
+    """A refusal that time may change, and when to ask again if that was said."""
+
+    def __init__(self, error: RelayError, after_s: float | None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.after_s = after_s
+
+
+class _Retrying:
+    """When to ask again, and when no more."""
+
+    def __init__(self, url: str, give_up_s: float, *, reached: bool = False) -> None:
+        self._url = url
+        self._give_up_s = give_up_s
+        self._reached = reached
+        self._failures = 0
+        self._heard_at = time.monotonic()
+
+    def heard(self) -> None:
+        """A good answer began."""
+        self._reached = True
+        self._failures = 0
+        self._heard_at = time.monotonic()
+
+    async def pause(self, error: Exception) -> None:
+        """Wait until it is time to ask again; raises what the caller is told when it never is."""
+        told = error.error if isinstance(error, _NotNow) else _unreachable(self._url, error)
+        if isinstance(error, aiohttp.InvalidURL):
+            raise told from None
+        if isinstance(error, aiohttp.ClientConnectorError) and not self._reached:
+            raise told from None
+        pause_s = random.uniform(0, min(RETRY_MAX_S, RETRY_S * 2 ** min(self._failures, 30)))
+        if isinstance(error, _NotNow) and error.after_s is not None:
+            pause_s = error.after_s + random.uniform(0, RETRY_S)
+        if time.monotonic() + pause_s - self._heard_at > self._give_up_s:
+            raise told from None
+        self._failures += 1
+        await asyncio.sleep(pause_s)
+
+
+async def _answer(
+    session: aiohttp.ClientSession,
+    method: str,
+    url: str,
+    retrying: _Retrying,
+    body: bytes | None = None,
+    **request: Any,
+) -> Any:
+    """Ask until there is an answer; only for what may be asked twice."""
+    while True:
+        if body is not None:
+            request["data"] = io.BytesIO(body)  # a large one is written in pieces, and read anew each time
+        try:
+            async with session.request(method, url, timeout=_ANSWERED, **request) as response:
+                await _raise_for(response)
+                return orjson.loads(await response.read())
+        except (aiohttp.ClientError, OSError, _NotNow) as error:
+            await retrying.pause(error)
 
 
 async def _raise_for(response: aiohttp.ClientResponse) -> None:
     if response.status in (200, 201):
         return
-    body = await response.read()
+    error = _refusal(response.status, await response.read())
+    response.close()  # or leaving it would wait until a body that was refused is sent
+    if response.status in (408, 425, 429) or (response.status >= 500 and response.status != 501):
+        raise _NotNow(error, _seconds(response.headers.get("Retry-After")))
+    raise error
+
+
+def _refusal(status: int, body: bytes) -> RelayError:
+    """The error that a problem document stands for (RFC 9457)."""
     try:
         problem = orjson.loads(body)
-        said = f"{problem['title']}. {problem.get('detail', '')}".strip()
-        codes = {name: problem[name] for name in ("code", "run_status", "reason") if name in problem}
-        raise Refused(said, **codes)
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        raise Refused(f"The answer was {response.status} and not one of relay's.") from None
+        own = {name: problem.pop(name, None) for name in ("status", "title", "code", "detail")}
+        code, title, detail = (str(own[name] or "") for name in ("code", "title", "detail"))
+    except (orjson.JSONDecodeError, AttributeError):
+        code = ""
+    if not code:
+        return Refused(
+            f"The answer was {status} and not one of relay's.",
+            code="not_relay", status=status, title="Not relay's answer",
+        )  # fmt: skip
+    kind = _BY_CODE.get(code)
+    if kind is not None:
+        return kind(detail, **problem)
+    return Refused(detail, code=code, status=status, title=title or "Refused", **problem)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """How long a `Retry-After` asks to wait (RFC 9110 section 10.2.3): a number, or a date."""
+    if retry_after is None:
+        return None
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _unreachable(url: str, error: Exception) -> Unreachable:
+    base = url.partition("/relay/")[0]
+    if isinstance(error, aiohttp.InvalidURL):
+        return Unreachable(f"{base!r} is not a URL, such as http://127.0.0.1:8080.")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return Unreachable(f"Nothing answers at {base}.")
+    return Unreachable(f"Cannot reach {base}: {str(error) or type(error).__name__}")
+
+
+async def _cancelled(*tasks: asyncio.Task[None]) -> None:
+    """Cancel tasks and wait until they are."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

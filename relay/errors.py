@@ -42,7 +42,7 @@ Anything else that escapes a request is a bug in relay.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 
 class RelayError(Exception):
@@ -52,9 +52,9 @@ class RelayError(Exception):
     problem document (RFC 9457 section 3.2).
     """
 
-    code: ClassVar[str] = "internal"
-    status: ClassVar[int] = 500
-    title: ClassVar[str] = "Internal error"
+    code: str = "internal"
+    status: int = 500
+    title: str = "Internal error"
 
     def __init__(self, detail: str = "", **extra: Any) -> None:
         super().__init__(detail or self.title)

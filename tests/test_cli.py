@@ -287,7 +287,7 @@ def test_p3_a_push_that_is_interrupted_fails_its_run(relay: RelayProcess, name: 
     assert re.fullmatch(r"\w+\n", said)
     record = whole_run(relay, name)
     assert record.outcome == ("failed", "producer_failed")
-    assert record.ended["error"] == "relay push was interrupted."
+    assert record.ended["error"] == "The producer was interrupted."
     assert record.texts == ["one"]
 
 

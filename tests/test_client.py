@@ -1,528 +1,700 @@
-"""relay.client: what the commands ask of a running relay, through cuts and restarts."""
+"""relay.client: what a Python program reads and pushes, through cuts, restarts, takeovers and losses."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import os
 import random
+import re
+import subprocess
+import sys
 import threading
-import time
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Self
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
 
+import aiohttp
+import producing
 import pytest
-from producing import Producer, ask
-from reading import Reading
+from producing import ask
+from redis_server import RedisServer
 from relay_process import RelayProcess
 from run_record import whole_run
 from scripted_upstream import Exchange, ScriptedUpstream
 from tcp_proxy import TcpProxy
 
 from relay import client
-from relay.client import PushOptions, Refused, cancel_run, list_streams, push_run, show, tail_stream
-from relay.errors import InvalidName
+from relay.client import Frame, Producer, Refused, Unreachable, cancel, subscribe, transcript
+from relay.errors import (
+    CursorGone,
+    Fenced,
+    FrameTooLarge,
+    InvalidEvent,
+    InvalidParameter,
+    MalformedCursor,
+    RelayError,
+    RunEnded,
+    StreamBusy,
+    UnknownRun,
+    UnknownStream,
+)
 
-DEADLINE_S = 40
+DEADLINE_S = 60
 
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "RECONNECT_S", 0.05)
     monkeypatch.setattr(client, "RETRY_S", 0.05)
     monkeypatch.setattr(client, "RETRY_MAX_S", 0.05)
 
 
-def follow(
-    url: str,
-    stream: str,
-    *,
-    after: str = "start",
-    run: str | None = None,
-    wait_s: float = 0,
-    as_json: bool = False,
-) -> list[str]:
-    lines: list[str] = []
-    asyncio.run(
-        asyncio.wait_for(tail_stream(url, stream, after, run, wait_s, as_json, lines.append), DEADLINE_S)
-    )
-    return lines
+def go(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run to the end, in time."""
+    return asyncio.run(asyncio.wait_for(work, DEADLINE_S))
 
 
-def data(lines: list[str]) -> list[str]:
-    return [line.split("\t")[2] for line in lines if line.split("\t")[1] != "relay"]
+async def read(url: str, stream: str, count: int | None = None, **wishes: Any) -> list[Frame]:
+    """The frames to the end, or so many of them."""
+    frames: list[Frame] = []
+    async with contextlib.aclosing(subscribe(url, stream, **wishes)) as reading:
+        async for frame in reading:
+            frames.append(frame)
+            if len(frames) == count:
+                break
+    return frames
 
 
-def answer(
-    relay: RelayProcess, upstream: ScriptedUpstream, name: str, *words: str, named: bool = True
-) -> str:
-    """A whole answer; its stream."""
-    upstream.on_stream(f"/{name}", [f"data: {word}\n\n".encode() for word in words])
-    with Reading(f"{relay.url}/{name}", **({"Relay_Stream": name} if named else {})) as reading:
-        reading.read()
-        return reading.headers["relay-stream"]
+def texts(frames: list[Frame]) -> list[str]:
+    return [frame.data for frame in frames if frame.event != "relay"]
 
 
-def test_tail_prints_a_line_a_frame_and_ends_with_the_stream(
-    relay: RelayProcess, upstream: ScriptedUpstream, name: str
-) -> None:
-    stream = answer(relay, upstream, name, "one", "two", named=False)
-    lines = follow(relay.url + "/", stream)
-    assert data(lines) == ["one", "two"]
-    assert [line.split("\t")[0].partition("-")[0] for line in lines] == ["0", "1", "2", "3", "4", "4"]
-    last = lines[2].split("\t")[0]
-    assert data(follow(relay.url, stream, after=last)) == ["two"]
-    objects = [json.loads(line) for line in follow(relay.url, stream, run="latest", as_json=True)]
-    assert [each["data"] for each in objects if each["event"] == ""] == ["one", "two"]
-    assert follow(relay.url, stream, after=lines[-1].split("\t")[0]) == []
+def kinds(frames: list[Frame]) -> list[str]:
+    return [frame.control["type"] for frame in frames if frame.control is not None]
 
 
-def test_p2_tail_resumes_across_cuts(relay: RelayProcess, upstream: ScriptedUpstream, name: str) -> None:
-    noise = random.Random(1)  # which does not compress
-    words = [noise.randbytes(40).hex() for _ in range(100)]
-    stream = answer(relay, upstream, name, *words, named=False)
-    with TcpProxy.running(relay.port, lambda number: 1500 + 700 * number) as cutting:
-        assert data(follow(cutting.url, stream)) == words
-        assert cutting.connections > 2
+def words(count: int) -> list[str]:
+    """Which do not compress."""
+    noise = random.Random(1)
+    return [noise.randbytes(40).hex() for _ in range(count)]
 
 
-class Done(Exception):
-    """What a test wanted to see was printed."""
+def pushed(relay: RelayProcess, stream: str, *data: str, **wishes: Any) -> producing.Producer:
+    """A whole run."""
+    producer = producing.Producer(relay, stream, **wishes)
+    producer.push(*data, end="completed")
+    return producer
 
 
-class Following:
-    """`relay tail` in a thread, until it prints the word `last`."""
-
-    def __init__(self, url: str, stream: str, last: str, *, wait_s: float = 0) -> None:
-        self.lines: list[str] = []
-        self.began = threading.Event()
-        self._last = last
-        self._work = (url, stream, "start", None, wait_s, False, self._echo)
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
-
-    def _follow(self) -> None:
-        with contextlib.suppress(Done):
-            asyncio.run(tail_stream(*self._work))
-
-    def _echo(self, line: str) -> None:
-        self.lines.append(line)
-        self.began.set()
-        if line.endswith("\t" + self._last):
-            raise Done
-
-    def join(self) -> None:
-        self._thread.join(DEADLINE_S)
-        assert not self._thread.is_alive(), self.lines
+Answer = list[dict[str, Any]] | tuple[Any, ...]
+"""Lines, or a status, a body and headers."""
 
 
-def test_p2_tail_resumes_across_a_restart_of_relay(
-    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, name: str
-) -> None:
-    journal = fresh_journal()
-    with RelayProcess.start(journal=journal, upstream=upstream.url) as relay:
-        answer(relay, upstream, name, "one")
-        following = Following(relay.url, name, "two")
-        assert following.began.wait(DEADLINE_S)
-    with RelayProcess.start(journal=journal, upstream=upstream.url, port=relay.port) as relay:
-        answer(relay, upstream, name, "two")
-        following.join()
-    assert data(following.lines) == ["one", "two"]
-    assert [line for line in following.lines if '"gap"' in line or '"reset"' in line] == []
-
-
-def test_tail_says_why_it_cannot_follow(relay: RelayProcess, upstream: ScriptedUpstream, name: str) -> None:
-    with pytest.raises(Refused, match="Unknown stream"):
-        follow(relay.url, name)
-    with pytest.raises(Refused, match="was not created in time"):
-        follow(relay.url, name, wait_s=0.01)
-    with pytest.raises(InvalidName, match="A stream name is"):
-        follow(relay.url, "a b")
-    with pytest.raises(Refused, match="Malformed cursor"):
-        follow(relay.url, name, after="x")
-    with pytest.raises(Refused, match=r"404 and not one of relay's"):
-        follow(upstream.url, name)
-    with pytest.raises(Refused, match=r"Nothing answers at http://127\.0\.0\.1:1\."):
-        follow("http://127.0.0.1:1", name)
-    with pytest.raises(Refused, match="'nonsense' is not a URL"):
-        follow("nonsense", name)
-
-
-def test_tail_waits_for_a_stream(relay: RelayProcess, upstream: ScriptedUpstream, name: str) -> None:
-    before = relay.metric("relay_readers_open")
-    following = Following(relay.url, name, "one", wait_s=60)
-    deadline = time.monotonic() + DEADLINE_S
-    while relay.metric("relay_readers_open") <= before:
-        assert time.monotonic() < deadline
-    answer(relay, upstream, name, "one")
-    following.join()
-    assert data(following.lines) == ["one"]
-
-
-def test_ls_lists_every_stream_with_its_state(
-    relay: RelayProcess, upstream: ScriptedUpstream, name: str
-) -> None:
-    gate = upstream.gate()
+def fake(upstream: ScriptedUpstream, stream: str, *answers: Answer) -> str:
+    """Something that passes for relay, and gives these answers for a stream, the last one ever again."""
+    left = list(answers)
 
     async def handler(exchange: Exchange) -> None:
-        await exchange.head()
-        await exchange.chunk(b"data: one\n\n")
-        await gate.wait()
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(answer, tuple):
+            await exchange.answer(answer[0], answer[1], "application/problem+json", *answer[2:])
+            return
+        await exchange.head("200 OK", "application/x-ndjson")
+        await exchange.chunk(b"".join(json.dumps(line).encode() + b"\n" for line in answer))
         await exchange.end()
 
-    upstream.on(f"/{name}-open", handler)
-    sealed = answer(relay, upstream, name, "one", named=False)
-    answer(relay, upstream, name, "one")
-    with Reading(f"{relay.url}/{name}-open", Relay_Stream=f"{name}-open") as running:
-        running.take(1)
-        lines: list[str] = []
-        asyncio.run(list_streams(relay.url, lines.append))
-        states = {line.split("\t")[0]: line.split("\t")[1:4] for line in lines}
-        assert states[name][1:] == ["1 runs", "idle"]
-        assert states[name][0].startswith("3-")
-        assert states[sealed][2] == "sealed"
-        assert states[f"{name}-open"][2] == f"running {running.headers['relay-run']}"
-        gate.open()
-        running.read()
-    assert [line.split("\t")[0] for line in lines] == sorted(line.split("\t")[0] for line in lines)
-    with pytest.raises(Refused, match=r"Nothing answers at http://127\.0\.0\.1:1\."):
-        asyncio.run(list_streams("http://127.0.0.1:1", lines.append))
+    upstream.on(f"/relay/v1/streams/{stream}/events", handler)
+    return upstream.url
 
 
-def test_ls_pages_through_more_streams_than_one_answer_holds(
+def line(seq: int, data: str) -> dict[str, Any]:
+    return {"id": f"{seq}-1", "event": "", "data": data, "run": "r", "at": "2026-01-01T00:00:00.000Z"}
+
+
+def notice(kind: str, id_: str | None = None, **members: Any) -> dict[str, Any]:
+    said = json.dumps({"type": kind} | members)
+    return {"id": id_, "event": "relay", "data": said, "run": None, "at": None}
+
+
+ENDED = notice("bye", reason="ended", retry_ms=1)
+
+
+# --- reading ------------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_read_to_its_end(relay: RelayProcess, name: str) -> None:
+    run = pushed(relay, name, "one", "t\r\nwo", seal=True).run
+    frames = go(read(relay.url + "/", name))
+    assert texts(frames) == ["one", "t\r\nwo"]
+    assert [(frame.event, frame.run) for frame in frames] == [("", run), ("", run)]
+    assert all(re.fullmatch(r"[0-9]+-[0-9]+", frame.id) for frame in frames)
+    assert frames[0].at.endswith("Z")
+    assert go(read(relay.url, name, after=frames[-1].id)) == []
+    shown = go(read(relay.url, name, control="events"))
+    assert texts(shown) == ["one", "t\r\nwo"]
+    assert kinds(shown)[:2] == ["hello", "run.started"]
+    assert kinds(shown)[-2:] == ["run.ended", "bye"]
+
+
+def test_one_run_is_read_to_its_end_by_name_or_as_the_latest(relay: RelayProcess, name: str) -> None:
+    first = pushed(relay, name, "one")
+    pushed(relay, name, "two")
+    assert texts(go(read(relay.url, name, run=first.run))) == ["one"]
+    assert texts(go(read(relay.url, name, run="latest"))) == ["two"]
+    assert go(read(relay.url, name, run="current")) == []
+
+
+@pytest.mark.parametrize("run", [None, "latest"])
+def test_p2_each_frame_is_read_once_over_cuts_at_random_bytes(
+    relay: RelayProcess, name: str, run: str | None
+) -> None:
+    said = words(150)
+    pushed(relay, name, *said, seal=True)
+    cuts = random.Random(7)
+    with TcpProxy.running(relay.port, lambda number: cuts.randrange(1, 4000)) as cutting:
+        frames = go(read(cutting.url, name, run=run, control="events"))
+        assert cutting.connections > 5
+    assert texts(frames) == said
+    journaled = [frame.id for frame in frames if frame.run]
+    assert len(set(journaled)) == len(journaled) == len(said) + 2
+
+
+def test_p2_a_cursor_that_was_stored_goes_on_in_another_process(relay: RelayProcess, name: str) -> None:
+    said = words(20)
+    pushed(relay, name, *said, seal=True)
+    got: list[Frame] = []
+    while len(got) < len(said):
+        after = got[-1].id if got else "start"
+        got += go(read(relay.url, name, 3, after=after))
+    assert texts(got) == said
+
+
+def test_p2_a_reader_lives_through_a_relay_that_is_killed(
+    fresh_journal: Callable[[], str], name: str
+) -> None:
+    journal = fresh_journal()
+    frames: list[Frame] = []
+    began = threading.Event()
+
+    async def follow(url: str) -> None:
+        async for frame in subscribe(url, name, wait_s=30):
+            frames.append(frame)
+            began.set()
+
+    with RelayProcess.start(journal=journal) as relay:
+        reading = threading.Thread(target=lambda: go(follow(relay.url)), daemon=True)
+        reading.start()
+        pushed(relay, name, "one")
+        assert began.wait(DEADLINE_S)
+        relay.kill()
+    with RelayProcess.start(journal=journal, port=relay.port) as relay:
+        pushed(relay, name, "two", seal=True)
+        reading.join(DEADLINE_S)
+    assert texts(frames) == ["one", "two"]
+
+
+def trimmed(relay: RelayProcess, name: str) -> str:
+    """A stream of which only the newest four frames are left; a cursor before the loss."""
+    ask(relay.port, "PUT", name, {"max_frames": 4})
+    first = producing.Producer(relay, name)
+    cursor: str = first.push("zero").json["last"]
+    first.push(*"123456", end="completed")
+    pushed(relay, name, "a", "b", seal=True)
+    return cursor
+
+
+def test_p8_a_loss_is_an_error_that_says_where_to_go_on(relay: RelayProcess, name: str) -> None:
+    cursor = trimmed(relay, name)
+    with pytest.raises(CursorGone) as gone:
+        go(read(relay.url, name, after=cursor))
+    assert gone.value.code == "cursor_gone"
+    assert gone.value.extra["reason"] == "gap"
+    assert texts(go(read(relay.url, name, after=gone.value.extra["cursor"]))) == ["a", "b"]
+
+
+def test_p8_a_loss_is_a_control_frame_for_who_wants_to_see_them(relay: RelayProcess, name: str) -> None:
+    cursor = trimmed(relay, name)
+    frames = go(read(relay.url, name, after=cursor, control="events"))
+    assert kinds(frames)[:3] == ["hello", "gap", "run.started"]
+    assert texts(frames) == ["a", "b"]
+
+
+def test_p8_another_life_of_the_stream_is_a_reset(relay: RelayProcess, name: str) -> None:
+    pushed(relay, name, "one", "two", "three")
+    cursor = go(read(relay.url, name, 3))[-1].id
+    ask(relay.port, "DELETE", name)
+    pushed(relay, name, "new", seal=True)
+    with pytest.raises(CursorGone) as gone:
+        go(read(relay.url, name, after=cursor))
+    assert gone.value.extra["reason"] == "recreated"
+    assert texts(go(read(relay.url, name, after=gone.value.extra["cursor"]))) == ["new"]
+    frames = go(read(relay.url, name, after=cursor, control="events"))
+    assert ("reset" in kinds(frames), texts(frames)) == (True, ["new"])
+
+
+def test_p8_a_stream_that_is_deleted_while_it_is_read_is_an_error(relay: RelayProcess, name: str) -> None:
+    pushed(relay, name, "one")
+
+    async def follow() -> None:
+        async for frame in subscribe(relay.url, name):
+            assert frame.data == "one"
+            await asyncio.to_thread(ask, relay.port, "DELETE", name)
+
+    with pytest.raises(UnknownStream, match="was deleted"):
+        go(follow())
+
+
+def test_what_cannot_be_read_is_said_by_code(
     relay: RelayProcess, upstream: ScriptedUpstream, name: str
 ) -> None:
-    names = [f"{name}-{n:03d}" for n in range(105)]
-    for each in names:
-        answer(relay, upstream, each, "one")
-    lines: list[str] = []
-    asyncio.run(list_streams(relay.url, lines.append))
-    assert [line.split("\t")[0] for line in lines if line.startswith(name)] == names
+    with pytest.raises(UnknownStream):
+        go(read(relay.url, name))
+    with pytest.raises(UnknownStream, match="not created in time"):
+        go(read(relay.url, name, wait_s=0.01))
+    pushed(relay, name, "one")
+    with pytest.raises(UnknownRun) as unknown:
+        go(read(relay.url, name, run="nobody"))
+    assert (unknown.value.code, unknown.value.status) == ("unknown_run", 404)
+    with pytest.raises(MalformedCursor):
+        go(read(relay.url, name, after="x"))
+    with pytest.raises(Unreachable, match=r"Nothing answers at http://127\.0\.0\.1:1\."):
+        go(read("http://127.0.0.1:1", name))
+    with pytest.raises(Unreachable, match="is not a URL"):
+        go(read("nonsense", name))
+    with pytest.raises(Refused) as other:
+        go(read(upstream.url, name))
+    assert (other.value.code, other.value.status) == ("not_relay", 404)
+    problem = b'{"title": "No", "status": 403, "code": "forbidden", "detail": "Not you.", "who": "you"}'
+    with pytest.raises(Refused, match=r"Not you\.") as refused:
+        go(read(fake(upstream, name, ("403 Forbidden", problem)), name))
+    assert (refused.value.code, refused.value.status, refused.value.title) == ("forbidden", 403, "No")
+    assert refused.value.extra == {"who": "you"}
 
 
-class Pushing:
-    """`relay push` in a thread, whose input the test writes."""
-
-    def __init__(
-        self, url: str, stream: str, form: str = "lines", *, event: str = "", **opening: Any
-    ) -> None:
-        self.run = ""
-        self.stream = stream
-        self.error: BaseException | None = None
-        self._output, self._input = os.pipe()
-        self._opened = threading.Event()
-        options = PushOptions(form, event, opening)
-        self._work = (url, stream, partial(os.read, self._output), options, self._echo)
-        self._thread = threading.Thread(target=self._push, daemon=True)
-        self._thread.start()
-
-    def _push(self) -> None:
-        try:
-            asyncio.run(push_run(*self._work))
-        except Refused as error:
-            self.error = error
-        finally:
-            self._opened.set()
-
-    def _echo(self, run: str) -> None:
-        self.run = run
-        self._opened.set()
-
-    def opened(self) -> str:
-        """The run's name, when it is open."""
-        assert self._opened.wait(DEADLINE_S)
-        assert self.run, self.error
-        return self.run
-
-    def write(self, data: bytes) -> Self:
-        os.write(self._input, data)
-        return self
-
-    def end(self) -> None:
-        """No more input; nothing must go wrong."""
-        os.close(self._input)
-        self._joined()
-        os.close(self._output)
-        assert self.error is None, self.error
-
-    def refused(self) -> str:
-        """Why it ended by itself, though more input could come."""
-        self._joined()
-        for end in (self._input, self._output):
-            with contextlib.suppress(OSError):
-                os.close(end)
-        assert self.error is not None
-        return str(self.error)
-
-    def _joined(self) -> None:
-        self._thread.join(DEADLINE_S)
-        assert not self._thread.is_alive()
+def test_p2_what_comes_twice_is_read_once_and_a_hole_is_said(upstream: ScriptedUpstream, name: str) -> None:
+    """Whatever is between relay and us."""
+    twice = [notice("hello", "0-0"), line(1, "a"), line(2, "b")], [line(2, "b"), line(3, "c"), ENDED]
+    assert texts(go(read(fake(upstream, name, *twice), name))) == ["a", "b", "c"]
+    holed = [notice("hello", "0-0"), line(1, "a"), notice("hello", "2-1"), line(3, "c"), ENDED]
+    url = fake(upstream, name, holed)
+    with pytest.raises(CursorGone, match="between 1 and 3") as gone:
+        go(read(url, name))
+    assert gone.value.extra["cursor"] == "1-1"
+    assert texts(go(read(url, name, 1))) == ["a"]
 
 
-def push_all(relay: RelayProcess, stream: str, data: bytes, form: str = "lines", **opening: Any) -> str:
-    """Push everything; the run's name."""
-    pushing = Pushing(relay.url, stream, form, **opening)
-    pushing.write(data).end()
-    return pushing.run
+class Pauses:
+    """Every pause is over at once, and as long as it may be."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[float] = []
+        at_once = asyncio.sleep
+
+        async def sleep(delay_s: float) -> None:
+            self.said.append(round(delay_s, 3))
+            await at_once(0)
+
+        monkeypatch.setattr(client.asyncio, "sleep", sleep)
+        monkeypatch.setattr(client.random, "uniform", lambda least, most: most)
 
 
-def frames(relay: RelayProcess, stream: str) -> list[tuple[str, str]]:
-    return [(block.event, block.data) for block in whole_run(relay, stream).frames]
-
-
-def test_push_makes_a_frame_of_every_line_and_completes_the_run(relay: RelayProcess, name: str) -> None:
-    run = push_all(relay, name, b"one\r\n\n  two \n\xff three")
-    record = whole_run(relay, name)
-    assert record.texts == ["one", "", "  two ", "\ufffd three"]
-    assert record.outcome == ("completed", "producer_end")
-    assert record.ended["run"] == run
-    assert frames(relay, name)[0] == ("", "one")
-
-
-def test_a_line_is_there_as_soon_as_it_was_written(relay: RelayProcess, name: str) -> None:
-    pushing = Pushing(relay.url, name, event="say")
-    pushing.write(b"one\ntw")
-    with Reading(f"{relay.url}/relay/v1/streams/{name}/events?run=latest&wait=60&control=none") as reading:
-        assert [(block.event, block.data) for block in reading.take(1)] == [("say", "one")]
-        pushing.write(b"o\n")
-        assert reading.take(1)[0].data == "two"
-        pushing.end()
-
-
-def test_p9_text_is_pushed_as_it_comes_and_whole(relay: RelayProcess, name: str) -> None:
-    """White space alone is text too, and a character that comes in two pieces is one."""
-    pushing = Pushing(relay.url, name, "text")
-    seen = []
-    with Reading(f"{relay.url}/relay/v1/streams/{name}/events?wait=60&control=none&envelope=json") as reading:
-        for piece in (b"a", b" ", b"\n\n", b"\xe2\x82", b"\xac!"):
-            pushing.write(piece)
-            if piece != b"\xe2\x82":
-                seen.append(json.loads(reading.take(1)[0].data)["data"])
-    pushing.end()
-    assert seen == ["a", " ", "\n\n", "\u20ac!"]
-
-
-def test_text_that_ends_within_a_character_says_so(relay: RelayProcess, name: str) -> None:
-    push_all(relay, name, b"a\xe2\x82", "text")
-    assert "".join(text for _, text in frames(relay, name)) == "a\ufffd"
-
-
-def test_p9_objects_are_pushed_with_their_own_event_names(relay: RelayProcess, name: str) -> None:
-    push_all(relay, name, b'{"event": "a", "data": "1"}\n\n \n{"data": "2"}', "ndjson")
-    assert frames(relay, name) == [("a", "1"), ("", "2")]
-
-
-def test_many_lines_arrive_in_order(relay: RelayProcess, name: str) -> None:
-    lines = [f"line-{n}" for n in range(5000)]
-    pushing = Pushing(relay.url, name)
-    for begin in range(0, len(lines), 500):
-        pushing.write("".join(line + "\n" for line in lines[begin : begin + 500]).encode())
-    pushing.end()
-    assert whole_run(relay, name).texts == lines
-
-
-@pytest.mark.parametrize(
-    ("form", "text", "said"),
-    [
-        ("ndjson", b"not json\n", "Not a JSON object: 'not json'"),
-        ("ndjson", b"[1]\n", "Not a JSON object"),
-        ("ndjson", b'{"no": 1}\n', "Invalid event"),
-        ("ndjson", b'{"event": "relay", "data": "x"}\n', "Invalid event"),
-    ],
-)
-def test_p3_a_run_whose_input_is_wrong_fails_and_says_why(
-    relay: RelayProcess, name: str, form: str, text: bytes, said: str
+def test_a_refusal_that_passes_is_asked_again_when_it_says(
+    upstream: ScriptedUpstream, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pushing = Pushing(relay.url, name, form).write(b'{"data": "kept"}\n' + text)
-    assert said in pushing.refused()
+    """And backoff begins anew after an answer; relay's own `bye` says when to come back."""
+    pauses = Pauses(monkeypatch)
+    monkeypatch.setattr(client, "RETRY_S", 1.0)
+    monkeypatch.setattr(client, "RETRY_MAX_S", 5.0)
+    said = [(f"{status} Later", b"{}", "Retry-After: 7") for status in (408, 425, 429, 503)]
+    unsaid = [("503 Later", b"{}"), ("502 Later", b"{}")]
+    url = fake(
+        upstream,
+        name,
+        *said,
+        *unsaid,
+        [notice("hello", "0-0"), line(1, "a"), notice("bye", reason="rotate", retry_ms=1500)],
+        ("503 Later", b"{}"),
+        [line(2, "b"), ENDED],
+    )
+    assert texts(go(read(url, name))) == ["a", "b"]
+    assert pauses.said == [8.0, 8.0, 8.0, 8.0, 5.0, 5.0, 1.5, 1.0]
+
+
+def test_what_is_refused_for_too_long_is_given_up(upstream: ScriptedUpstream, name: str) -> None:
+    problem = b'{"title": "Busy", "status": 503, "code": "busy", "detail": "Not now."}'
+    url = fake(upstream, name, ("503 Later", problem, "Retry-After: 9"))
+    with pytest.raises(RelayError, match="Not now") as refused:
+        go(read(url, name, give_up_s=5))
+    assert refused.value.code == "busy"
+    dated = fake(upstream, name, ("503 Later", problem, "Retry-After: Fri, 31 Dec 2100 23:59:59 GMT"))
+    with pytest.raises(RelayError, match="Not now"):
+        go(read(dated, name, give_up_s=5))
+
+
+def test_a_connection_that_is_silent_is_left(upstream: ScriptedUpstream, name: str) -> None:
+    path, asked = f"/relay/v1/streams/{name}/events", []
+
+    async def handler(exchange: Exchange) -> None:
+        asked.append(exchange.received.header("last-event-id"))
+        await exchange.head("200 OK", "application/x-ndjson")
+        if len(asked) == 1:
+            await exchange.chunk(json.dumps(line(1, "a")).encode() + b"\n" + b'{"id": "2-')
+            await exchange.closed()
+        else:
+            await exchange.chunk(
+                b"".join(json.dumps(each).encode() + b"\n" for each in (line(2, "b"), ENDED))
+            )
+            await exchange.end()
+
+    upstream.on(path, handler)
+    assert texts(go(read(upstream.url, name, silence_s=0.2))) == ["a", "b"]
+    assert asked == [None, "1-1"]
+
+
+# --- pushing ------------------------------------------------------------------------------------------
+
+
+async def push_all(url: str, stream: str, *data: Any, **wishes: Any) -> Producer:
+    async with Producer(url, stream, **wishes) as producer:
+        for item in data:
+            await producer.send(item)
+    return producer
+
+
+def test_a_run_is_pushed_and_completed(relay: RelayProcess, name: str) -> None:
+    async def push() -> None:
+        async with Producer(relay.url, name, metadata={"a": 1}) as producer:
+            await producer.send("one", "say")
+            await producer.send({"any": ["json", 1]})
+            await producer.flush()
+            assert texts(await read(relay.url, name, 2)) == ["one", '{"any":["json",1]}']
+            assert producer.next_seq == 3
+            await producer.send("")
+
+    go(push())
     record = whole_run(relay, name)
+    assert [(frame.event, frame.data) for frame in record.frames][:2] == [
+        ("say", "one"),
+        ("", '{"any":["json",1]}'),
+    ]
+    assert record.outcome == ("completed", "producer_end")
+    assert record.ended["frames"] == 3
+    assert relay.json(f"/relay/v1/streams/{name}/runs/latest")["metadata"] == {"a": 1}
+
+
+def test_p3_a_block_that_raises_fails_the_run_with_what_was_given(relay: RelayProcess, name: str) -> None:
+    async def push() -> None:
+        async with Producer(relay.url, name) as producer:
+            await producer.send("one")
+            raise ValueError("The model is out of order.")
+
+    with pytest.raises(ValueError, match="out of order"):
+        go(push())
+    record = whole_run(relay, name)
+    assert record.texts == ["one"]
     assert record.outcome == ("failed", "producer_failed")
-    assert said in record.ended["error"]
+    assert record.ended["error"] == "The model is out of order."
 
 
-def test_p3_a_line_without_an_end_is_refused_in_bounded_memory(
-    relay: RelayProcess, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client, "LINE_MAX_BYTES", 1000)
-    pushing = Pushing(relay.url, name).write(b"x" * 1001)
-    assert "A line is longer than 1000 bytes." in pushing.refused()
-    assert whole_run(relay, name).outcome == ("failed", "producer_failed")
+def test_p3_a_block_that_is_cancelled_from_outside_stays_cancelled(relay: RelayProcess, name: str) -> None:
+    async def push() -> None:
+        waiting = asyncio.Event()
 
+        async def block() -> None:
+            async with Producer(relay.url, name) as producer:
+                await producer.send("one")
+                waiting.set()
+                await asyncio.Event().wait()
 
-def test_p3_input_that_cannot_be_read_fails_the_run(relay: RelayProcess, name: str) -> None:
-    def read(size: int) -> bytes:
-        raise OSError(5, "Input/output error")
+        task = asyncio.create_task(block())
+        await waiting.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
-    with pytest.raises(Refused, match=r"The input cannot be read: Input/output error\."):
-        asyncio.run(push_run(relay.url, name, read, PushOptions("lines", "", {}), str))
-    assert whole_run(relay, name).outcome == ("failed", "producer_failed")
-
-
-def test_p7_a_push_that_is_cancelled_elsewhere_ends_and_says_so(relay: RelayProcess, name: str) -> None:
-    """Though its input is silent."""
-    pushing = Pushing(relay.url, name).write(b"one\n")
-    with Reading(f"{relay.url}/relay/v1/streams/{name}/events?wait=60&control=none") as reading:
-        reading.take(1)
-    said: list[str] = []
-    asyncio.run(cancel_run(relay.url, name, None, said.append))
-    assert said == [f"{pushing.run}\tcancelled\tclient_cancel"]
-    assert pushing.refused() == f"The run {pushing.run!r} has ended: cancelled, client_cancel."
-    assert whole_run(relay, name).texts == ["one"]
-
-
-def test_p4_a_push_whose_run_was_taken_over_leaves_it_alone(relay: RelayProcess, name: str) -> None:
-    pushing = Pushing(relay.url, name)
-    run = pushing.opened()
-    taken = ask(relay.port, "POST", f"{name}/runs/{run}/writer").json
-    pushing.write(b"one\n")
-    assert "Writer token is no longer valid" in pushing.refused()
-    ask(relay.port, "POST", f"{name}/runs/{run}/end", {"status": "completed"}, Relay_Writer=taken["writer"])
-    assert whole_run(relay, name).outcome == ("completed", "producer_end")
-
-
-def test_p8_a_push_whose_stream_was_deleted_ends(
-    relay: RelayProcess, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At once, wherever the heartbeat that waits has got to: it is longer than the test has patience."""
-    monkeypatch.setattr(client, "HEARTBEAT_S", 60)
-    for number in range(5):
-        pushing = Pushing(relay.url, f"{name}-{number}")
-        pushing.opened()
-        ask(relay.port, "DELETE", pushing.stream)
-        said = pushing.refused()
-        assert "Unknown" in said or "stream_deleted" in said
-
-
-def test_p5_a_push_goes_on_when_relay_was_restarted(fresh_journal: Callable[[], str], name: str) -> None:
-    journal = fresh_journal()
-    with RelayProcess.start(journal=journal) as relay:
-        pushing = Pushing(relay.url, name).write(b"one\n")
-        with Reading(f"{relay.url}/relay/v1/streams/{name}/events?wait=60&control=none") as reading:
-            reading.take(1)
-    pushing.write(b"two\n")
-    with RelayProcess.start(journal=journal, port=relay.port) as relay:
-        pushing.write(b"three\n").end()
-        record = whole_run(relay, name)
-    assert record.texts == ["one", "two", "three"]
-    assert record.outcome == ("completed", "producer_end")
-
-
-def test_p5_a_push_through_connections_that_break_is_journaled_once(relay: RelayProcess, name: str) -> None:
-    """Also when only the answer is lost: each connection breaks a little later."""
-    lines = [f"line-{n}" for n in range(40)]
-
-    def breaks_after(number: int) -> int | None:
-        # The run is opened over the first one: nothing answers to whom is not even let in.
-        return None if number == 0 else 7 * number if number < 60 else None
-
-    with TcpProxy.running(relay.port, breaks_after) as breaking:
-        pushing = Pushing(breaking.url, name)
-        pushing.opened()
-        breaking.cut_all()
-        for line in lines:
-            pushing.write(line.encode() + b"\n")
-        pushing.end()
-        assert breaking.connections > 10
+    go(push())
     record = whole_run(relay, name)
-    assert record.texts == lines
-    assert record.outcome == ("completed", "producer_end")
+    assert (record.texts, record.outcome) == (["one"], ("failed", "producer_failed"))
 
 
-def test_p5_a_named_run_is_pushed_again_from_the_beginning_and_journaled_once(
+def test_a_run_is_ended_before_its_block_is(relay: RelayProcess, name: str) -> None:
+    async def push() -> None:
+        async with Producer(relay.url, name) as producer:
+            await producer.send("one")
+            await producer.end(reason="input_required")
+            with pytest.raises(RunEnded):
+                await producer.send("two")
+
+    go(push())
+    record = whole_run(relay, name)
+    assert (record.texts, record.outcome) == (["one"], ("completed", "input_required"))
+
+
+def test_p7_a_cancel_interrupts_a_block_that_waits(relay: RelayProcess, name: str) -> None:
+    async def push() -> None:
+        async with Producer(relay.url, name) as producer:
+            await producer.send("one")
+            await producer.flush()
+            ended = await cancel(relay.url, name, reason="Enough.")
+            assert (ended["run"], ended["status"]) == (producer.run, "cancelled")
+            await asyncio.wait_for(asyncio.Event().wait(), DEADLINE_S / 2)
+
+    with pytest.raises(RunEnded) as over:
+        go(push())
+    assert (over.value.extra["run_status"], over.value.extra["reason"]) == ("cancelled", "client_cancel")
+    assert whole_run(relay, name).ended["error"] == "Enough."
+    assert go(cancel(relay.url, name)) == {"stream": name, "run": None}
+
+
+def test_a_cancellation_from_outside_stays_one_when_the_run_is_over_too(
     relay: RelayProcess, name: str
 ) -> None:
-    first = Producer(relay, name, run="mine")
-    first.push("one", "two", Relay_Seq="1")
-    assert push_all(relay, name, b"one\ntwo\nthree\n", run="mine") == "mine"
+    async def push() -> None:
+        async with Producer(relay.url, name):
+            try:
+                await cancel(relay.url, name)
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+                await asyncio.Event().wait()
+
+    async def both() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(push())
+
+    go(both())
+
+
+def test_p4_a_run_that_was_taken_over_is_left_alone(relay: RelayProcess, name: str) -> None:
+    async def push() -> None:
+        async with Producer(relay.url, name) as first:
+            await first.send("one")
+            await first.flush()
+            await second(first.run)
+            await first.send("late")
+
+    async def second(run: str) -> None:
+        async with Producer(relay.url, name, run=run, take_over=True) as taken:
+            assert taken.next_seq == 2
+            await taken.send("two")
+
+    with pytest.raises((Fenced, RunEnded)):
+        go(push())
+    record = whole_run(relay, name)
+    assert (record.texts, record.outcome) == (["one", "two"], ("completed", "producer_end"))
+
+
+def test_p4_a_producer_that_is_fenced_hears_it(relay: RelayProcess, name: str) -> None:
+    async def push() -> None:
+        async with Producer(relay.url, name) as first:
+            await asyncio.to_thread(ask, relay.port, "POST", f"{name}/runs/{first.run}/writer")
+            await first.send("late")
+            await asyncio.Event().wait()
+
+    with pytest.raises(Fenced) as fenced:
+        go(push())
+    assert fenced.value.code == "fenced"
+    run = relay.json(f"/relay/v1/streams/{name}/runs/latest")
+    assert (run["status"], run["frames"]) == ("open", 0)
+
+
+def test_a_producer_goes_on_where_its_run_is(relay: RelayProcess, name: str) -> None:
+    producing.Producer(relay, name, run="mine").push("one", "two", Relay_Seq="1")
+    go(push_all(relay.url, name, "three", run="mine"))
     assert whole_run(relay, name).texts == ["one", "two", "three"]
-    assert first.push("late").problem == (409, "fenced")
-    assert push_all(relay, name, b"one\ntwo\nthree\n", run="mine") == "mine"
+    with pytest.raises(RunEnded) as over:
+        go(push_all(relay.url, name, run="mine"))
+    assert over.value.extra["run_status"] == "completed"
+
+
+def test_p5_frames_that_are_given_again_from_the_first_are_journaled_once(
+    relay: RelayProcess, name: str
+) -> None:
+    producing.Producer(relay, name, run="mine").push("one", "two", Relay_Seq="1")
+    go(push_all(relay.url, name, "one", "two", "three", run="mine", from_first=True))
     assert whole_run(relay, name).texts == ["one", "two", "three"]
 
 
-def test_text_is_not_pushed_twice_under_one_name(relay: RelayProcess, name: str) -> None:
-    Producer(relay, name, run="mine").push("one")
-    pushing = Pushing(relay.url, name, "text", run="mine")
-    assert "cannot be pushed again" in pushing.refused()
+def test_p5_what_is_pushed_over_connections_that_break_is_journaled_once(
+    relay: RelayProcess, name: str
+) -> None:
+    """Also when only the answer is lost."""
+    said, cuts = words(60), random.Random(3)
+
+    async def push(breaking: TcpProxy) -> None:
+        async with Producer(breaking.url, name) as producer:
+            breaking.plan = lambda number: cuts.randrange(1, 400) if number < 60 else None
+            breaking.plan_to_server = lambda number: cuts.randrange(1, 4000) if number < 60 else None
+            breaking.cut_all()
+            for each in said:
+                await producer.send(each)
+                if cuts.random() < 0.3:
+                    await producer.flush()
+
+    with TcpProxy.running(relay.port) as breaking:
+        go(push(breaking))
+        assert breaking.connections > 10
+    record = whole_run(relay, name)
+    assert (record.texts, record.outcome) == (said, ("completed", "producer_end"))
+
+
+def test_p5_a_push_goes_on_when_relay_was_killed(fresh_journal: Callable[[], str], name: str) -> None:
+    """With a journal of its own kind: a run of Redis outlives the relay that took it."""
+    journal, said = fresh_journal(), words(30)
+    relays = [RelayProcess.start(journal=journal)]
+
+    async def push() -> None:
+        port = relays[0].port
+        async with Producer(relays[0].url, name) as producer:
+            for number, each in enumerate(said):
+                await producer.send(each)
+                if number == 10:
+                    await asyncio.to_thread(relays[0].kill)
+                    restarting = asyncio.create_task(
+                        asyncio.to_thread(RelayProcess.start, journal=journal, port=port)
+                    )
+            relays.append(await restarting)
+
+    try:
+        go(push())
+        record = whole_run(relays[-1], name)
+    finally:
+        for each in relays:
+            each.stop()
+    assert (record.texts, record.outcome) == (said, ("completed", "producer_end"))
+
+
+def test_p5_a_push_waits_for_a_journal_that_is_away(name: str) -> None:
+    server = RedisServer.start()
+    said = words(20)
+
+    async def push(relay: RelayProcess) -> None:
+        async with Producer(relay.url, name) as producer:
+            for number, each in enumerate(said):
+                if number == 10:
+                    server.pause()
+                await producer.send(each)
+            refused = await asyncio.to_thread(ask, relay.port, "GET", f"{name}-other")
+            server.resume()
+            assert refused.problem == (503, "journal_unavailable")
+
+    try:
+        with RelayProcess.start(journal=server.url(), journal_timeout_s=0.3) as relay:
+            go(push(relay))
+            record = whole_run(relay, name)
+    finally:
+        server.stop()
+    assert (record.texts, record.outcome) == (said, ("completed", "producer_end"))
+
+
+def test_p6_a_producer_holds_no_more_than_two_batches(
+    relay: RelayProcess, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "BATCH_MAX_FRAMES", 5)
+
+    async def push(proxy: TcpProxy) -> None:
+        async with Producer(proxy.url, name) as producer:
+            proxy.refusing = True
+            proxy.cut_all()
+
+            async def send() -> None:
+                for number in range(100):
+                    await producer.send(str(number))
+
+            sending = asyncio.create_task(send())
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            assert 5 < producer.next_seq <= 11
+            proxy.refusing = False
+            await sending
+
+    with TcpProxy.running(relay.port) as proxy:
+        go(push(proxy))
+    assert whole_run(relay, name).texts == [str(number) for number in range(100)]
+
+
+def test_a_silent_producer_is_kept_alive(relay: RelayProcess, name: str) -> None:
+    """Longer than another one of the same patience that says nothing."""
+
+    async def push() -> None:
+        async with Producer(relay.url, name, idle_timeout_s=1) as producer:
+            silent = await asyncio.to_thread(producing.Producer, relay, f"{name}-silent", idle_timeout_s=1)
+            ended = await read(relay.url, silent.stream, run=silent.run, control="events")
+            assert '"idle_timeout"' in ended[-2].data
+            await producer.send("one")
+
+    go(push())
+    record = whole_run(relay, name)
+    assert (record.texts, record.outcome) == (["one"], ("completed", "producer_end"))
+
+
+def test_what_cannot_be_pushed_is_said_by_code(relay: RelayProcess, name: str) -> None:
+    opened = producing.Producer(relay, name)
+    with pytest.raises(StreamBusy) as busy:
+        go(push_all(relay.url, name, if_busy="reject"))
+    assert busy.value.extra["open_runs"] == [opened.run]
+    with pytest.raises(UnknownRun):
+        go(push_all(relay.url, name, run="nobody", take_over=True))
+    with pytest.raises(InvalidParameter):
+        Producer(relay.url, name, take_over=True)
+    with pytest.raises(Unreachable, match="Nothing answers"):
+        go(push_all("http://127.0.0.1:1", name))
+    for data in (None, object()):
+        with pytest.raises(InvalidEvent):
+            go(push_all(relay.url, name, data, run=f"r-{data is None}"))
+    assert whole_run(relay, name, "r-True").outcome == ("failed", "producer_failed")
+
+
+def test_p3_a_frame_that_is_refused_fails_the_run(relay: RelayProcess, name: str) -> None:
+    """Also when the block is over by then."""
+    with pytest.raises(FrameTooLarge):
+        go(push_all(relay.url, name, "one", "x" * 2**21))
     assert whole_run(relay, name).outcome == ("failed", "producer_failed")
-    assert "has ended: failed, producer_failed" in Pushing(relay.url, name, run="mine").refused()
 
 
-def test_push_supersedes_and_carries_metadata(relay: RelayProcess, name: str) -> None:
-    first = push_all(relay, name, b"one\n")
-    second = push_all(relay, name, b"two\n", supersedes="latest", metadata={"a": 1})
-    runs = relay.json(f"/relay/v1/streams/{name}/runs")["runs"]
-    assert [(run["run"], run["superseded_by"], run["metadata"]) for run in runs] == [
-        (first, second, None),
-        (second, None, {"a": 1}),
-    ]
+# --- asking -------------------------------------------------------------------------------------------
 
 
-def test_push_says_why_it_cannot_begin(relay: RelayProcess, name: str) -> None:
-    opened = Producer(relay, name)
-    assert "Stream has an open run" in Pushing(relay.url, name, if_busy="reject").refused()
-    assert "Unknown run" in Pushing(relay.url, name, supersedes="nobody").refused()
-    assert "Invalid parameter" in Pushing(relay.url, name, dialect="klingon").refused()
-    assert "Nothing answers at" in Pushing("http://127.0.0.1:1", name).refused()
-    assert "is not a URL" in Pushing("nonsense", name).refused()
-    assert relay.json(f"/relay/v1/streams/{name}")["open_runs"] == [opened.run]
-    with pytest.raises(InvalidName):
-        asyncio.run(push_run(relay.url, "a b", lambda size: b"", PushOptions("lines", "", {}), str))
+def test_transcripts_and_a_session_of_the_callers(relay: RelayProcess, name: str) -> None:
+    run = pushed(relay, name, "one", "two").run
+
+    async def look() -> None:
+        async with aiohttp.ClientSession() as session:
+            said = await transcript(relay.url, name, session=session)
+            assert (said["run"], said["text"], said["status"]) == (run, "onetwo", "completed")
+            assert await transcript(relay.url, name, run, session=session) == said
+            ended = await cancel(relay.url, name, run, session=session)
+            assert ended["status"] == "completed"
+            assert not session.closed
+        with pytest.raises(UnknownRun):
+            await transcript(relay.url, name, "nobody")
+
+    go(look())
 
 
-def cancel(relay: RelayProcess, stream: str, run: str | None = None) -> str:
-    said: list[str] = []
-    asyncio.run(cancel_run(relay.url, stream, run, said.append))
-    (line,) = said
-    return line
+# --- the README ---------------------------------------------------------------------------------------
 
 
-def test_cancel_ends_one_run_or_the_current_one_and_says_how_it_ended(relay: RelayProcess, name: str) -> None:
-    first, second, third = (Producer(relay, name).run for _ in range(3))
-    assert cancel(relay, name, first) == f"{first}\tcancelled\tclient_cancel"
-    assert cancel(relay, name, first) == f"{first}\tcancelled\tclient_cancel"
-    assert cancel(relay, name) == f"{third}\tcancelled\tclient_cancel"
-    assert relay.json(f"/relay/v1/streams/{name}")["open_runs"] == [second]
-    assert cancel(relay, name) == f"{second}\tcancelled\tclient_cancel"
-    assert cancel(relay, name) == "no run is open"
-    done = push_all(relay, name, b"one\n")
-    assert cancel(relay, name, done) == f"{done}\tcompleted\tproducer_end"
+def examples() -> Iterator[str]:
+    """The code blocks of the README's part on Python."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (part,) = re.findall(r"^## In Python\n(.*?)^## ", readme, re.DOTALL | re.MULTILINE)
+    yield from re.findall(r"^```python\n(.*?)^```", part, re.DOTALL | re.MULTILINE)
 
 
-def test_cancel_says_why_it_cannot(relay: RelayProcess, name: str) -> None:
-    with pytest.raises(Refused, match="Unknown stream"):
-        cancel(relay, name)
-    Producer(relay, name)
-    with pytest.raises(Refused, match="Unknown run"):
-        cancel(relay, name, "nobody")
-    with pytest.raises(Refused, match="Nothing answers"):
-        asyncio.run(cancel_run("http://127.0.0.1:1", name, None, str))
-
-
-def inspected(relay: RelayProcess, stream: str, run: str | None = None, *, transcript: bool = False) -> Any:
-    said: list[str] = []
-    asyncio.run(show(relay.url, stream, run, transcript, said.append))
-    (text,) = said
-    return json.loads(text)
-
-
-def test_inspect_shows_a_stream_with_its_runs_or_one_run_or_its_text(relay: RelayProcess, name: str) -> None:
-    run = push_all(relay, name, b"one\ntwo\n")
-    stream = inspected(relay, name)
-    assert stream["stream"] == name
-    assert [each["run"] for each in stream["runs"]] == [run]
-    assert inspected(relay, name, run) == stream["runs"][0]
-    assert inspected(relay, name, run, transcript=True)["text"] == "onetwo"
-    with pytest.raises(Refused, match="Unknown stream"):
-        inspected(relay, name + "-no")
-    with pytest.raises(Refused, match="Unknown run"):
-        inspected(relay, name, "nobody", transcript=True)
-
-
-def test_inspect_pages_through_more_runs_than_one_answer_holds(relay: RelayProcess, name: str) -> None:
-    runs = [f"r{n}" for n in range(103)]
-    for run in runs:
-        ask(relay.port, "POST", f"{name}/runs", {"run": run, "if_busy": "supersede"})
-    assert [each["run"] for each in inspected(relay, name)["runs"]] == runs
+def test_the_examples_of_the_readme_do_what_they_say(relay: RelayProcess, name: str) -> None:
+    push, follow = examples()
+    said = []
+    for example in (push, follow):
+        assert "http://127.0.0.1:8080" in example
+        assert '"chat-1"' in example
+        text = example.replace("http://127.0.0.1:8080", relay.url).replace('"chat-1"', f'"{name}"')
+        outcome = subprocess.run(
+            [sys.executable, "-W", "error", "-c", text], capture_output=True, text=True, timeout=DEADLINE_S
+        )
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+        said.append(outcome.stdout)
+    assert said == ["", "Hello from Python"]
+    assert whole_run(relay, name).outcome == ("completed", "producer_end")
