@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from relay.dialects.base import REASONING, Delta, Signal
-from relay.dialects.payload import byte_length, error_text, is_text, json_object, message_of
+from relay.dialects.payload import error_text, json_object, message_of
 from relay.frame import Event
 from relay.lifecycle import Ending
 
@@ -44,7 +44,7 @@ class OpenAIChat:
         text_bytes = 0
         for kind, _, text in _shown(payload):
             if kind != REASONING:
-                text_bytes += byte_length(text)
+                text_bytes += len(text) if text.isascii() else len(text.encode())
         return Signal(text_bytes)
 
     def text_bytes(self, events: Sequence[Event]) -> int:
@@ -78,7 +78,7 @@ def _shown(payload: dict[str, Any]) -> Sequence[tuple[str, int, str]]:
         delta = choice.get("delta") if isinstance(choice, dict) else None
         if isinstance(delta, dict):
             reasoning = delta.get("reasoning_content") or delta.get("reasoning")
-            if is_text(reasoning):
+            if reasoning and isinstance(reasoning, str):
                 shown.append((REASONING, place, reasoning))
             text, refusal = delta.get("content"), delta.get("refusal")
             if text and isinstance(text, str):
