@@ -7,13 +7,13 @@ meant to deliver. Of a run whose frames are all there, the text has as many byte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from relay.cursor import Cursor
-from relay.dialects.base import Delta
+from relay.dialects.base import REASONING, Delta
 from relay.dialects.detect import BY_NAME, RAW
 from relay.errors import UnknownRun
 from relay.frame import Event, Frame, timestamp
@@ -24,8 +24,8 @@ from relay.limits import PAGE_MAX_BYTES, PAGE_MAX_FRAMES
 @dataclass(frozen=True, slots=True)
 class Transcript:
     """What was shown of a run. `parts` come in the order in which they first appeared, and `text` is all
-    their texts in that order. `truncated` says that text may be missing: frames of the run were trimmed away,
-    or the text was larger than it may be."""
+    their texts in that order, without reasoning. `truncated` says that text may be missing: frames of the
+    run were trimmed away, or the text was larger than it may be."""
 
     stream: str
     info: RunInfo
@@ -34,7 +34,7 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        return "".join(part.text for part in self.parts)
+        return "".join(part.text for part in self.parts if part.kind != REASONING)
 
     def document(self) -> dict[str, Any]:
         """The transcript as JSON. `first` and `last` are ids of the run's first and newest frame; `frames`
@@ -47,7 +47,7 @@ class Transcript:
             "reason": info.reason or None,
             "error": info.error or None,
             "text": self.text,
-            "parts": [asdict(part) for part in self.parts],
+            "parts": [{"kind": part.kind, "index": part.index, "text": part.text} for part in self.parts],
             "frames": info.frames,
             "first": str(Cursor(info.start.seq + 1, info.started_ms)),
             "last": str(info.last),
@@ -71,7 +71,7 @@ class Assembly:
         self._info = info
         self._dialect = BY_NAME.get(info.dialect, RAW)
         self._room = max_bytes
-        self._texts: dict[tuple[str, int], bytearray] = {}
+        self._texts: dict[tuple[str, int | str], bytearray] = {}
         self._truncated = False
 
     def take(self, page: Page) -> None:
@@ -104,11 +104,15 @@ class Assembly:
             return
         for delta in self._dialect.deltas(Event(frame.event, frame.data)):
             text = delta.text.encode()
+            part = self._texts.setdefault((delta.kind, delta.index), bytearray())
+            if delta.is_whole:
+                self._room += len(part)
+                part.clear()
             if len(text) > self._room:
                 text = text[: self._room]
                 self._truncated = self.complete = True
             self._room -= len(text)
-            self._texts.setdefault((delta.kind, delta.index), bytearray()).extend(text)
+            part.extend(text)
 
 
 async def read_transcript(journal: Journal, stream: str, run: str, max_bytes: int) -> Transcript:

@@ -17,7 +17,7 @@ import orjson
 
 from relay.cursor import Cursor
 from relay.dialects.base import Dialect
-from relay.dialects.detect import BY_NAME, by_path
+from relay.dialects.detect import BY_NAME, by_head
 from relay.errors import (
     BodyTooLarge,
     Busy,
@@ -65,11 +65,11 @@ _NOT_OF_A_STREAM = (
     b"content-length", b"content-encoding", b"etag", b"digest", b"content-digest", b"repr-digest",
     b"content-md5", b"accept-ranges", b"last-modified", b"age", b"expires", b"cache-control",
     b"x-accel-buffering", b"relay-stream", b"relay-run", b"relay-cursor", b"relay-metadata",
-    b"relay-frames-after",
+    b"relay-frames-after", b"relay-dialect",
 )  # fmt: skip
 
 # What a request tells relay about its run, and not upstream.
-_FOR_RELAY = (b"relay-supersedes", b"relay-if-busy")
+_FOR_RELAY = (b"relay-supersedes", b"relay-if-busy", b"relay-dialect")
 
 IF_BUSY = ("allow", "reject", "supersede")
 
@@ -197,7 +197,10 @@ def read_wishes(call: Call) -> RunWishes:
     for name in supersedes:
         if name != "latest":
             check_run_name(name)
-    return RunWishes(supersedes=supersedes, if_busy=if_busy)
+    dialect = call.header("relay-dialect")
+    if dialect and dialect not in BY_NAME:
+        raise InvalidParameter(f"Relay-Dialect is one of {', '.join(BY_NAME)}.")
+    return RunWishes(dialect=dialect, supersedes=supersedes, if_busy=if_busy)
 
 
 @dataclass(slots=True)
@@ -500,7 +503,8 @@ class Proxy:
 
     async def _open_run(self, call: Call, answer: Answer, stream: str, wishes: RunWishes) -> RunAnswer:
         self._check_room()
-        parser, dialect = self._reading(answer, call.path)
+        parser, found = self._reading(answer, call.path)
+        dialect = _dialect_named_by(answer) or BY_NAME.get(wishes.dialect) or found
         named = _stream_named_by(answer) or (check_stream_name(stream) if stream else "")
         head = _head(answer)
         wishes = replace(wishes, metadata=_metadata_of(answer))
@@ -565,7 +569,7 @@ class Proxy:
             if named not in ("", stream):
                 # Too late: readers of the run's stream have been told of it.
                 log.warning("stream=%s upstream's Relay-Stream %r comes too late", stream, named)
-            return Called(answer, parser, dialect or found, kept_head)
+            return Called(answer, parser, _dialect_named_by(answer) or dialect or found, kept_head)
         except BaseException:
             answer.close()
             raise
@@ -577,7 +581,7 @@ class Proxy:
             raise UpstreamInvalid(f"Upstream was asked for identity and sent its stream as {coding!r}.")
         sse = answer.media_type == EVENT_STREAM
         parser = (ServerSentEvents if sse else Lines)(self._settings.frame_max_bytes)
-        return parser, self._named_dialect or (by_path(path) if sse else None)
+        return parser, self._named_dialect or (by_head(path, answer.header) if sse else None)
 
     def _opening(self, stream: str, wishes: RunWishes, dialect: Dialect | None, kept_head: str) -> RunOpening:
         supersedes = wishes.supersedes or wishes.if_busy == "supersede"
@@ -933,6 +937,13 @@ def _stream_named_by(answer: Answer) -> str:
         return check_stream_name(name) if name else ""
     except InvalidName as error:
         raise UpstreamInvalid(f"Upstream's Relay-Stream header: {error.detail}") from None
+
+
+def _dialect_named_by(answer: Answer) -> Dialect | None:
+    name = answer.header(b"relay-dialect")
+    if name and name not in BY_NAME:
+        raise UpstreamInvalid(f"Upstream's Relay-Dialect header is none of {', '.join(BY_NAME)}.")
+    return BY_NAME.get(name)
 
 
 def _metadata_of(answer: Answer) -> str:

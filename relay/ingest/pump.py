@@ -119,8 +119,12 @@ class Pump:
         self._stopped: Ending | None = None
         self._over = False
         self._moving: asyncio.Task[None] | None = None
-        self._told_error = False
+        self._told_end = False
+        """Upstream's format has said itself how the answer ended."""
         self._said_end = False
+        self._finished = False
+        self._reason = Reason.UPSTREAM_END
+        """Of an end that is none of a failure."""
         self._journal_away = False
 
     @property
@@ -210,7 +214,7 @@ class Pump:
     def _rewound(self) -> Ending:
         """The journal lost frames that it had accepted (failover, restore) and that could not be put back, so
         it must take no later ones."""
-        self._in_hand, self._in_hand_text, self._told_error = (), 0, False
+        self._in_hand, self._in_hand_text, self._told_end = (), 0, False
         return ending(Reason.JOURNAL_LOST, "The journal lost frames that it had accepted.")
 
     async def _move(self) -> Ending:
@@ -225,13 +229,15 @@ class Pump:
             end = await self._journal(self._parser.close())
             if end is not None:
                 return end
-        except TruncatedBody as error:
-            return ending(Reason.UPSTREAM_TRUNCATED, str(error))
-        except IdleBody as error:
-            return ending(Reason.UPSTREAM_TIMEOUT, str(error))
-        if self.dialect is not None and self.dialect.needs_terminal:
+        except (TruncatedBody, IdleBody) as error:
+            if not self._finished:
+                idle = isinstance(error, IdleBody)
+                return ending(Reason.UPSTREAM_TIMEOUT if idle else Reason.UPSTREAM_TRUNCATED, str(error))
+        if self._finished:
+            self._told_end = True
+        elif self.dialect is not None and self.dialect.needs_terminal:
             return ending(Reason.UPSTREAM_TRUNCATED, "Upstream ended without its terminal marker.")
-        return ending(Reason.UPSTREAM_END)
+        return ending(self._reason)
 
     async def _journal(self, events: list[Event]) -> Ending | None:
         """Journal parsed events; the ending if one of them, or the parser, ends the run."""
@@ -252,12 +258,16 @@ class Pump:
             text_bytes += signal.text_bytes
             self.text_bytes += signal.text_bytes
             accepted += 1
+            if signal.finished is not None:
+                self._finished = signal.finished
+            if signal.reason is not None:
+                self._reason = signal.reason
             if signal.terminal:
-                self._said_end = True
-                end = ending(Reason.UPSTREAM_END)
+                self._told_end = self._said_end = True
+                end = ending(self._reason)
                 break
             if signal.error is not None:
-                self._told_error = self._said_end = True
+                self._told_end = self._said_end = True
                 end = ending(Reason.UPSTREAM_ERROR, signal.error)
                 break
         self._in_hand = events[:accepted]
@@ -295,7 +305,7 @@ class Pump:
 
     def _error_event(self, end: Ending) -> Event | None:
         """What upstream's format has to say of an end that upstream itself did not tell."""
-        if end.status is Status.COMPLETED or self._told_error:
+        if end.status is Status.COMPLETED or self._told_end:
             return None
         return (self.dialect or RAW).error_event(end)
 

@@ -8,35 +8,49 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.dialects.base import Dialect, Signal
+from relay.dialects.base import REASONING, Dialect, Signal
 from relay.dialects.detect import BY_NAME
 from relay.frame import Event
 from relay.lifecycle import Reason, ending
 
 DIALECTS = list(BY_NAME.values())
 
+words = st.sampled_from(
+    [
+        "content_block_delta", "text_delta", "text-delta", "error", "response.failed", "response.completed",
+        "response.output_text.delta", "TEXT_MESSAGE_CONTENT", "RUN_FINISHED", "RUN_ERROR", "ai", "text",
+    ]
+)  # fmt: skip
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["choices", "delta", "content", "refusal", "error", "message", "index", "x"]),
-            inner,
+            st.sampled_from(
+                ["choices", "delta", "content", "refusal", "error", "message", "index", "type", "response"]
+            ),
+            inner | words,
         )
     ),
     max_leaves=8,
 )
 
 
-def read_totally(dialect: Dialect, data: bytes) -> None:
-    signal = dialect.read(Event("", data))
+EVENT_NAMES = ["", "error", "messages", "messages/partial", "values", "end"]
+
+
+def read_totally(dialect: Dialect, data: bytes, name: str = "") -> None:
+    event = Event(name, data)
+    signal = dialect.read(event)
     assert isinstance(signal, Signal)
     assert signal.text_bytes >= 0
     assert signal.error is None or isinstance(signal.error, str)
-    deltas = dialect.deltas(Event("", data))
-    assert all(delta.kind and delta.text and isinstance(delta.index, int) for delta in deltas)
-    assert signal.text_bytes == sum(len(delta.text.encode()) for delta in deltas)
-    assert dialect.text_bytes([Event("", data), Event("name", data)]) == 2 * signal.text_bytes
+    deltas = dialect.deltas(event)
+    assert all(delta.kind and delta.text and isinstance(delta.index, int | str) for delta in deltas)
+    shown = [delta.text for delta in deltas if delta.kind != REASONING]
+    assert signal.text_bytes == sum(len(text.encode()) for text in shown)
+    assert dialect.text_bytes([event, event]) == 2 * signal.text_bytes
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
@@ -46,9 +60,9 @@ def test_any_text_is_read_without_an_exception(dialect: Dialect, text: str) -> N
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
-@given(value=json_values)
-def test_any_json_is_read_without_an_exception(dialect: Dialect, value: object) -> None:
-    read_totally(dialect, json.dumps(value).encode(errors="replace"))
+@given(value=json_values, name=st.sampled_from(EVENT_NAMES))
+def test_any_json_is_read_without_an_exception(dialect: Dialect, value: object, name: str) -> None:
+    read_totally(dialect, json.dumps(value).encode(errors="replace"), name)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
@@ -70,5 +84,6 @@ def test_the_event_that_says_that_an_answer_broke_off_is_read_as_an_error(
 ) -> None:
     event = dialect.error_event(ending(reason))
     if event is not None:
-        assert dialect.read(event).error
+        signal = dialect.read(event)
+        assert signal.error or signal.reason is Reason.UPSTREAM_CANCELLED
         assert not dialect.deltas(event), "it is no text of the answer"

@@ -30,6 +30,7 @@ def chunk(*deltas: Any) -> Event:
         (({"refusal": "no"},), 2),
         (({"role": "assistant", "content": ""},), 0),
         (({"content": None},), 0),
+        (({"reasoning_content": "hm"},), 0),
         (({"tool_calls": [{"function": {"arguments": "{}"}}]},), 0),
         ((None, 3, {"content": 7}), 0),
         ((), 0),
@@ -51,6 +52,14 @@ def test_a_part_is_the_content_or_the_refusal_of_one_choice() -> None:
         Delta("refusal", 1, "no"),
         Delta("text", 2, "b"),
         Delta("refusal", 3, "c"),
+    ]
+
+
+@pytest.mark.parametrize("member", ["reasoning_content", "reasoning"])
+def test_reasoning_is_a_part_of_its_own(member: str) -> None:
+    assert CHAT.deltas(chunk({member: "hm", "content": "a"})) == [
+        Delta("reasoning", 0, "hm"),
+        Delta("text", 0, "a"),
     ]
 
 
