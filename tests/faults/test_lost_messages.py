@@ -42,7 +42,9 @@ class Pair:
     async def have_lost(self, most: int) -> None:
         """Wait until so many messages were lost for each relay."""
         async with asyncio.timeout(DEADLINE_S):
-            while self.lost() != [most, most]:
+            while True:
+                if self.lost() == [most, most]:
+                    return
                 await asyncio.sleep(0.001)
 
 
