@@ -115,6 +115,12 @@ def first_bytes(relay: RelayProcess, path: str, end: bytes) -> bytes:
     return data[: data.index(end) + len(end)]
 
 
+def one_answer_each(request: bytes) -> bytes:
+    """Have a connection closed behind its answer, in the way of `TcpProxy.to_server`. On one that is kept, a
+    cut might fall into the head of a later answer, before its content type."""
+    return request.replace(b"\r\nConnection: keep-alive\r\n", b"\r\nConnection: close\r\n")
+
+
 def behind_content_type(relay: RelayProcess, path: str) -> int:
     """After how many bytes an answer's content type is known, where cuts may begin.
 

@@ -13,7 +13,7 @@ from scripted_upstream import ScriptedUpstream
 from tcp_proxy import TcpProxy
 
 from browser.agent_script import FRAMES, TEXT, event, in_parts, text_of_parts
-from browser.tab import RETRY_MS, Tab, behind_content_type, serve_reader_page
+from browser.tab import RETRY_MS, Tab, behind_content_type, one_answer_each, serve_reader_page
 
 CUTS = 20
 CUT_MAX_BYTES = 1500
@@ -52,7 +52,7 @@ def read_through_cuts(
     upstream.on(agent, in_parts(gate))
     events = events_of(begin_answer(relay, agent), f"control={control}")
     typed = behind_content_type(relay, events)
-    with TcpProxy.running(relay.port) as proxy:
+    with TcpProxy.running(relay.port, to_server=one_answer_each) as proxy:
         tab = Tab(page, f"{proxy.url}/reader")
         proxy.cut_all()
         first = proxy.connections
@@ -162,7 +162,7 @@ def test_two_tabs_one_late_and_one_cut_often_show_the_same(
     upstream.on(agent, in_parts(gate))
     events = events_of(begin_answer(swift_relay, agent))
     typed = behind_content_type(swift_relay, events)
-    with TcpProxy.running(swift_relay.port) as proxy:
+    with TcpProxy.running(swift_relay.port, to_server=one_answer_each) as proxy:
         first = Tab(context.new_page(), f"{proxy.url}/reader")
         proxy.cut_all()
         proxy.plan = lambda number: typed + dice.randrange(CUT_MAX_BYTES) if number < 2 * CUTS else None

@@ -11,7 +11,7 @@ from scripted_upstream import Exchange, ScriptedUpstream
 from tcp_proxy import TcpProxy
 
 from browser.agent_script import FRAMES, TEXT, event, in_parts, text_of_parts
-from browser.tab import Tab, behind_content_type, first_bytes, serve_reader_page
+from browser.tab import Tab, behind_content_type, first_bytes, one_answer_each, serve_reader_page
 
 CUTS = 25
 CUT_MAX_BYTES = 1500
@@ -34,7 +34,7 @@ def test_an_event_source_cut_at_random_bytes_shows_the_text_once_and_stops(
     typed = behind_content_type(swift_relay, f"{answer}/probe")
     gate = upstream.gate()
     upstream.on(answer, in_parts(gate))
-    with TcpProxy.running(swift_relay.port) as proxy:
+    with TcpProxy.running(swift_relay.port, to_server=one_answer_each) as proxy:
         tab = Tab(page, f"{proxy.url}/reader")
         proxy.cut_all()  # a connection kept from the page would escape the plan
         first = proxy.connections
@@ -89,7 +89,7 @@ def test_an_event_source_cut_around_the_head_of_an_answer_comes_back(
     typed = behind_content_type(swift_relay, f"{answer}/probe")
     whole_head = len(first_bytes(swift_relay, f"{answer}/probe", b"\r\n\r\n"))
     offsets = [0, typed, typed + 1, (typed + whole_head) // 2, whole_head - 1, whole_head, whole_head + 1]
-    with TcpProxy.running(swift_relay.port) as proxy:
+    with TcpProxy.running(swift_relay.port, to_server=one_answer_each) as proxy:
         tab = Tab(page, f"{proxy.url}/reader")
         proxy.cut_all()
         first = proxy.connections + 1
