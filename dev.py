@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "relay-stamp"
+JS = ROOT / "tests" / "js"
+JS_STAMP = JS / "node_modules" / "relay-stamp"
 
 # One worker a core; each starts with a contiguous part of the tests, so module fixtures are made once or
 # twice, and takes from the other when done. `-n 0` after it turns this off.
@@ -74,6 +76,11 @@ NODE = Tool(
     "node",
     ("node",),
     {"apt-get": ("nodejs",), "brew": ("node",), "dnf": ("nodejs",), "apk": ("nodejs",)},
+)
+NPM = Tool(
+    "npm",
+    ("npm",),
+    {"apt-get": ("npm",), "brew": ("node",), "dnf": ("nodejs-npm",), "apk": ("npm",)},
 )
 
 INSTALL = {
@@ -225,6 +232,21 @@ def stop_new_service() -> None:
         as_root("systemctl", "systemctl", "disable", "--now", "redis-server")
 
 
+# --- the JavaScript SDKs that the tests try ------------------------------------------------------------
+
+
+def ensure_node_packages() -> None:
+    """What tests/js/package-lock.json names, beside it. No package's own programs are run."""
+    wanted = hashlib.sha256((JS / "package-lock.json").read_bytes()).hexdigest()
+    if JS_STAMP.is_file() and JS_STAMP.read_text() == wanted:
+        return
+    say("installing the JavaScript packages that the tests try")
+    flags = ("--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline", "--loglevel=error")
+    if run("npm", "ci", "--prefix", str(JS), *flags) != 0:
+        stop("npm could not install them; the lines above say why. The next run starts afresh.")
+    JS_STAMP.write_text(wanted)
+
+
 # --- the commands -------------------------------------------------------------------------------------
 
 
@@ -235,7 +257,8 @@ def demo(args: list[str]) -> int:
 
 def setup(args: list[str]) -> int:
     ensure_venv("test")
-    ensure_tools(REDIS, CHROMIUM, NODE)
+    ensure_tools(REDIS, CHROMIUM, NODE, NPM)
+    ensure_node_packages()
     return 0
 
 

@@ -12,6 +12,8 @@ from redis_server import RedisServer
 from relay_process import RelayProcess
 from scripted_upstream import ScriptedUpstream
 
+NODE_MODULES = Path(__file__).parent / "js" / "node_modules"
+
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -22,6 +24,14 @@ def redis_server() -> Iterator[RedisServer]:
     server = RedisServer.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def node_packages() -> Path:
+    """Where the JavaScript packages of tests/js/package.json are."""
+    if not (NODE_MODULES / "relay-stamp").is_file():
+        pytest.fail("This test needs JavaScript packages. `python3 dev.py setup` installs them.")
+    return NODE_MODULES
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 // Asks an agent through the real client of its format; prints what it said of the answer.
 // node ask_agent.mjs <ai-sdk|ag-ui> <url>
 import { HttpAgent } from "@ag-ui/client";
-import { DefaultChatTransport, readUIMessageStream } from "ai";
+import { DefaultChatTransport, readUIMessageStream } from "ai-6"; // the newest that Node 20 may run
 
 const [format, url] = process.argv.slice(2);
 const said = { text: "", error: null };
