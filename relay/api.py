@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route, Router
 
+from relay.access import Access
 from relay.browser_client import browser_client_routes
 from relay.cursor import Cursor, ResumeId, Standing, judge
 from relay.errors import (
@@ -34,14 +35,14 @@ from relay.limits import (
     check_run_name,
     check_stream_name,
 )
-from relay.metrics import CONTENT_TYPE
 from relay.ndjson import NDJSON
 from relay.replay.pages import SharedPage
 from relay.replay.reader import Reader, cursor_gone, ended_at, find, lately_replaced
-from relay.replay.request import JSON, ReadRequest, read_limit, read_request, read_time
+from relay.replay.request import JSON, ReadRequest, read_limit, read_request
 from relay.replay.response import (
     CONNECTION,
     STREAMING_HEADERS,
+    Head,
     Receive,
     Scope,
     Send,
@@ -51,6 +52,7 @@ from relay.replay.response import (
 )
 from relay.replay.tail import WRITE_MAX_BYTES, Tail
 from relay.replay.view import View
+from relay.security import Grant, Right
 from relay.sse import EVENT_STREAM
 from relay.transcript import read_transcript
 
@@ -60,6 +62,24 @@ if TYPE_CHECKING:
 
 _ANSWER = "relay.answer"
 """Where an endpoint leaves what is to be served, past Starlette's router."""
+
+
+class Guarded(Route):
+    """A route for who has a right: in the stream that its path names, or of the administrator."""
+
+    def __init__(
+        self, access: Access, right: Right, path: str, endpoint: Callable[..., Any], method: str = "GET"
+    ) -> None:
+        super().__init__(path, endpoint, methods=[method])
+        self._access = access
+        self._right = right
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ask for the right before the endpoint runs."""
+        if scope["method"] in (self.methods or ()):
+            stream = scope["path_params"].get("stream", "")
+            await self._access.grant(scope, self._right, stream and check_stream_name(stream))
+        await super().handle(scope, receive, send)
 
 
 class Json(Response):
@@ -75,26 +95,9 @@ class Json(Response):
 class Api:
     """The routes. Errors are raised; the application turns them into problem documents."""
 
-    def __init__(self, app: App, write_routes: Sequence[Route]) -> None:
+    def __init__(self, app: App, routes: Sequence[Route]) -> None:
         self._app = app
-        self._router = Router(
-            [
-                *write_routes,
-                Route("/relay/v1/streams", self.streams),
-                Route("/relay/v1/streams/{stream}", self.stream),
-                Route("/relay/v1/streams/{stream}/events", EventsEndpoint(app), methods=["GET"]),
-                Route("/relay/v1/streams/{stream}/runs", self.runs, methods=["GET"]),
-                Route("/relay/v1/streams/{stream}/runs/{run}", self.run, methods=["GET"]),
-                Route("/relay/v1/streams/{stream}/runs/{run}/transcript", self.transcript),
-                Route("/relay/v1/runs", self.ended_runs),
-                Route("/relay/v1/diagnostics", self.diagnostics),
-                Route("/relay/healthz", self.healthz),
-                Route("/relay/readyz", self.readyz),
-                Route("/relay/metrics", self.metrics),
-                *browser_client_routes(),
-            ],
-            redirect_slashes=False,
-        )
+        self._router = Router(routes, redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> StreamAnswer | None:
         """Answer a request, or return what is to be served. What Starlette refuses becomes one of our
@@ -119,18 +122,53 @@ class Api:
             methods.discard("HEAD")  # Starlette adds it, and an endless answer cannot serve it
         return ", ".join(sorted(methods))
 
-    async def streams(self, request: Request) -> Response:
-        """`GET /relay/v1/streams`: streams by name, paged with `after` and `limit`."""
-        limit = read_limit(request.query_params, 100)
-        infos = await self._app.journal.streams(request.query_params.get("after", ""), limit + 1)
-        page = infos[:limit]
-        return Json(
-            {
-                "streams": [stream_object(info) for info in page],
-                "after": page[-1].stream if page else None,
-                "more": len(infos) > limit,
-            }
-        )
+
+def read_routes(app: App) -> list[Route]:
+    """The routes that read one stream, and those that need no right."""
+    reads, session = ReadRoutes(app), SessionRoutes(app)
+
+    def read(path: str, endpoint: Callable[..., Any]) -> Route:
+        return Guarded(app.access, Right.READ, "/relay/v1/streams/{stream}" + path, endpoint)
+
+    return [
+        read("", reads.stream),
+        # It asks for the right itself, to say in band that nobody can be asked for it now.
+        Route("/relay/v1/streams/{stream}/events", EventsEndpoint(app), methods=["GET"]),
+        read("/runs", reads.runs),
+        read("/runs/{run}", reads.run),
+        read("/runs/{run}/transcript", reads.transcript),
+        Route("/relay/v1/session", session.open, methods=["POST"]),
+        Route("/relay/v1/session", session.close, methods=["DELETE"]),
+        *browser_client_routes(),
+    ]
+
+
+class SessionRoutes:
+    """A token in a cookie that no script can read, for a browser's own EventSource."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def open(self, request: Request) -> Response:
+        """`POST /relay/v1/session`: 204, and the token of `Authorization` in a cookie."""
+        return _no_content(await self._app.access.exchange(request.scope))
+
+    async def close(self, request: Request) -> Response:
+        """`DELETE /relay/v1/session`: 204, and the cookie is gone."""
+        return _no_content(self._app.access.forget(request.scope))
+
+
+def _no_content(headers: Head) -> Response:
+    response = Response(status_code=204, headers={"cache-control": "no-store"})
+    response.raw_headers += headers
+    return response
+
+
+class ReadRoutes:
+    """What is known of one stream and its runs."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
 
     async def stream(self, request: Request) -> Response:
         """`GET /relay/v1/streams/{stream}`."""
@@ -174,55 +212,6 @@ class Api:
         transcript = await read_transcript(self._app.journal, stream, run, max_bytes)
         return Json(await asyncio.to_thread(transcript.document))
 
-    async def ended_runs(self, request: Request) -> Response:
-        """`GET /relay/v1/runs`: runs of every stream in the order of their endings, paged."""
-        params = request.query_params
-        limit = read_limit(params, 100)
-        ended_after = read_time(params, "ended_after")
-        found = await self._app.journal.ended_runs(ended_after, params.get("after", ""), limit + 1)
-        page = found[:limit]
-        return Json(
-            {
-                "runs": [run_object(ended.stream, ended.info) for ended in page],
-                "after": page[-1].place if page else None,
-                "more": len(found) > limit,
-            }
-        )
-
-    async def diagnostics(self, request: Request) -> Response:
-        """`GET /relay/v1/diagnostics`: what is held open here, and how what was held ended."""
-        return Json(await self._app.diagnosis())
-
-    async def healthz(self, request: Request) -> Response:
-        """Alive, whatever else is wrong."""
-        return Json({"status": "alive"} | self._worker())
-
-    async def readyz(self, request: Request) -> Response:
-        """Ready unless draining; the journal's state is a field."""
-        return Json(
-            {"status": "draining" if self._app.draining else "ready", "journal": await self._journal_state()}
-            | self._worker(),
-            status_code=503 if self._app.draining else 200,
-        )
-
-    def _worker(self) -> dict[str, int]:
-        """Which of several workers answers."""
-        return {} if self._app.place is None else {"worker": self._app.place.number}
-
-    async def metrics(self, request: Request) -> Response:
-        """For Prometheus."""
-        app = self._app
-        app.measure()
-        app.metrics.journal_up.set(await self._journal_state() == "up")
-        return Response(app.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
-
-    async def _journal_state(self) -> str:
-        try:
-            await self._app.journal.tops(["-"])
-        except JournalError:
-            return "down"
-        return "up"
-
 
 class EventsEndpoint:
     """`GET /relay/v1/streams/{stream}/events`: read, replay and follow."""
@@ -244,13 +233,16 @@ class EventsEndpoint:
             headers.get("accept", ""),
         )
         try:
-            scope[_ANSWER] = await self._read(stream, request, scope, send)
+            grant = await self._app.access.grant(scope, Right.READ, stream)
+            scope[_ANSWER] = await self._read(stream, request, grant, scope, send)
         except (Busy, JournalError):
             if not _can_be_asked_back(request):
                 raise
             await self._ask_to_come_back(stream, request, "drain" if self._app.draining else "busy", send)
 
-    async def _read(self, stream: str, request: ReadRequest, scope: Scope, send: Send) -> StreamAnswer | None:
+    async def _read(
+        self, stream: str, request: ReadRequest, grant: Grant, scope: Scope, send: Send
+    ) -> StreamAnswer | None:
         if self._app.draining:
             raise Busy("This relay is shutting down.")
         look = partial(self._look, stream, request, scope)
@@ -280,7 +272,8 @@ class EventsEndpoint:
             return None
         if standing is not Standing.HERE and not view.tells_loss:
             raise cursor_gone(standing, page)
-        self._app.check_room()
+        client = self._app.access.client(scope)
+        self._app.check_room(stream, client)
         reader = Reader(
             self._app.tails,
             stream,
@@ -289,7 +282,8 @@ class EventsEndpoint:
             page,
             resumed=request.cursor is not None,
             ended_at=None if run is None else ended_at(run),
-            rotate_at=self._app.rotate_at(),
+            lease=self._app.lease(grant),
+            client=client,
         )
         # Said at once: a cut comes before any goodbye, and browsers wait for seconds unless told.
         prime = b"retry: %d\n\n" % self._app.tails.retry_ms() if view.media_type == EVENT_STREAM else b""
@@ -313,7 +307,7 @@ class EventsEndpoint:
         app, journal, tails = self._app, self._app.journal, self._app.tails
         if not wait_s:
             return await journal.describe(stream)
-        app.check_room()
+        app.check_room(stream, app.access.client(scope))
         deadline = tails.now() + wait_s
         tail = tails.acquire(stream)
         news = News(tail)

@@ -9,13 +9,15 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
 
 import orjson
 
-from relay.api import Api, run_object
+from relay.access import Access, without_own_cookie
+from relay.admin_api import admin_routes, health_routes
+from relay.api import Api, read_routes, run_object
 from relay.cursor import RESUME_PREFIX, Cursor, ResumeId, Standing, judge, parse_resume_id
 from relay.diagnostics import Colleagues, Diagnostics
 from relay.dialects.detect import BY_NAME, RAW
@@ -27,6 +29,7 @@ from relay.errors import (
     RelayError,
     ResumeUnknown,
     RouteNotFound,
+    TooManyRequests,
     UnknownRun,
     UnknownStream,
     UpgradeUnsupported,
@@ -50,10 +53,11 @@ from relay.lifecycle import OWNER_LOST, Ending, Reason, Status, ending
 from relay.metrics import Metrics
 from relay.push_api import push_routes
 from relay.reaper import Reaper
-from relay.replay.reader import Reader, ReaderEnd, Readers, cursor_gone, ended_at, find
+from relay.replay.reader import Lease, Reader, ReaderEnd, Readers, cursor_gone, ended_at, find
 from relay.replay.response import (
     CONNECTION,
     STREAMING_HEADERS,
+    Head,
     Receive,
     Scope,
     Send,
@@ -66,6 +70,7 @@ from relay.replay.response import (
 )
 from relay.replay.tail import Tails
 from relay.replay.view import ProxiedNdjsonView, ProxiedSseView
+from relay.security import EVERYTHING, Grant, Right
 from relay.settings import Settings
 from relay.sse import EVENT_STREAM
 from relay.webhook import Webhook
@@ -104,7 +109,11 @@ class App:
             if self._upstream is None
             else Proxy(self._upstream, journal, settings, self.owned, self.tails, self._run_ended)
         )
-        self._api = Api(self, push_routes(self))
+        self.access = Access(settings)
+        routes = [*push_routes(self), *read_routes(self), *health_routes(self)]
+        administration = admin_routes(self)
+        self._api = Api(self, routes if settings.admin_addr else [*routes, *administration])
+        self._administration = Api(self, [*administration, *health_routes(self)])
 
     # Life of the process
 
@@ -143,6 +152,7 @@ class App:
         self.pushes.close()
         if self._upstream is not None:
             await self._upstream.close()
+        await self.access.close()
         self.tails.close()
         await self.journal.close()
 
@@ -224,9 +234,28 @@ class App:
         report = self.diagnostics.report(pumps, self.readers, self.tails.now())
         return {"draining": self.draining} | report
 
-    def rotate_at(self) -> float:
-        """When a reader that begins now is sent to reconnect: jittered, so that they do not come together."""
-        return self.tails.now() + self.settings.reader_max_s * random.uniform(0.75, 1.25)
+    def lease(self, grant: Grant = EVERYTHING) -> Lease:
+        """How long a reader that begins now goes on: until it is sent to reconnect, jittered, so that they do
+        not all come together; or until what lets it read is over."""
+        now = self.tails.now()
+        rotation = Lease(now + self.settings.reader_max_s * random.uniform(0.75, 1.25), ReaderEnd.ROTATE)
+        if grant.expires_at is None:
+            return rotation
+        end = ReaderEnd.ROTATE if grant.renewable else ReaderEnd.REVOKED
+        return min(rotation, Lease(now + grant.expires_at - time.time(), end))
+
+    async def delete_under(self, prefix: str) -> int:
+        """Delete every stream whose name begins so; how many. Raises `JournalError`."""
+        # No name stands between this and the first one with the prefix: none holds the last character.
+        deleted, after = 0, prefix[:-1] + chr(ord(prefix[-1]) - 1) + "\x7f"
+        while infos := await self.journal.streams(after, 100):
+            for info in infos:
+                if not info.stream.startswith(prefix):
+                    return deleted
+                await self.pushes.delete(info.stream)
+                deleted += 1
+            after = infos[-1].stream
+        return deleted
 
     # Requests
 
@@ -235,9 +264,25 @@ class App:
         if scope["type"] != "http":
             return
         path: str = scope["path"]
+        is_ours = path == "/relay" or path.startswith("/relay/")
+        await self._serve(self._own if is_ours else self._proxied, scope, receive, send)
+
+    async def administration(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application behind `--admin-addr`."""
+        if scope["type"] == "http":
+            await self._serve(self._administration, scope, receive, send)
+
+    async def _serve(
+        self,
+        find_answer: Callable[[Scope, Receive, Send], Awaitable[StreamAnswer | None]],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Answer a request, whatever happens."""
         try:
-            is_ours = path == "/relay" or path.startswith("/relay/")
-            answer = await (self._api if is_ours else self._proxied)(scope, receive, send)
+            self.access.admit(scope)
+            answer = await find_answer(scope, receive, send)
             if answer is not None:
                 gzip = takes_gzip(scope, self.settings.compress)
                 end = await serve_reader(answer, self.readers, scope, send, gzip)
@@ -250,30 +295,38 @@ class App:
         except Exception:
             if scope["extensions"][CONNECTION].response_started:
                 raise  # uvicorn breaks the connection
-            log.exception("a request failed: %s %s", scope["method"], path)
+            log.exception("a request failed: %s %s", scope["method"], scope["path"])
             await send_problem(RelayError("relay failed; its log says why."), send)
         finally:
             scope["extensions"].clear()  # or the request would know itself, and stay for the collector
 
+    async def _own(self, scope: Scope, receive: Receive, send: Send) -> StreamAnswer | None:
+        scope["extensions"][CONNECTION].add_headers(self.access.cors(scope))
+        if self.access.is_preflight(scope):
+            await send_whole(204, self.access.preflight(scope), b"", send)
+            return None
+        return await self._api(scope, receive, send)
+
     async def _proxied(self, scope: Scope, receive: Receive, send: Send) -> StreamAnswer | None:
-        call = _call(scope, receive)
+        call = _call(scope, receive, self.access)
         if any(token.strip().lower() == "websocket" for token in call.header("upgrade").split(",")):
             raise UpgradeUnsupported("relay does not proxy WebSocket connections.")
         presented = call.header("last-event-id")
         browser = _is_event_source(call)
+        client = self.access.client(scope)
         try:
             if presented.startswith(RESUME_PREFIX):
-                return await self._resume(presented, browser, send)
+                return await self._resume(presented, browser, client, send)
             if self._proxy is None:
                 raise RouteNotFound("No upstream is configured; relay's own routes are under /relay.")
             if stream := self._proxy.resumes(call):
-                current = await self._proxy.current(stream)
+                current = await self._current(self._proxy, stream, scope)
                 if current is not None:
-                    return await self._known_run(current, None, browser, send)
+                    return await self._known_run(current, None, browser, client, send)
                 await send_no_content(send)
                 return None
             if stream := self._proxy.stops(call):
-                await self._stop_current(stream, send)
+                await self._stop_current(stream, scope, send)
                 return None
             opened = await self._open(self._proxy, call, scope)
             if isinstance(opened, Passed):
@@ -281,12 +334,17 @@ class App:
             elif isinstance(opened, PassedWhole):
                 await send_whole(opened.status, opened.headers, opened.body, send)
             elif isinstance(opened, StartedRun):
-                await _send_started(opened, send)
+                await _send_started(opened, self._token_headers(opened.stream), send)
             elif opened.info is None:
                 # A run opened just now is not refused its first reader: upstream was called for it.
-                return self._run_from(opened, opened.start, None, browser)
+                found = self._run_from(opened, opened.start, None, browser, client)
+                found.headers += self._token_headers(opened.stream)
+                return found
             else:
-                return await self._known_run(opened, None, browser, send)
+                known = await self._known_run(opened, None, browser, client, send)
+                if known is not None:
+                    known.headers += self._token_headers(opened.stream)
+                return known
         except (Busy, JournalError) as error:
             if not browser:
                 raise
@@ -312,9 +370,23 @@ class App:
         finally:
             connection.on_lost = None
 
-    async def _stop_current(self, stream: str, send: Send) -> None:
+    def _token_headers(self, stream: str) -> Head:
+        """What lets a client that was just answered read the stream of the answer, and stop it."""
+        token = self.access.token_for(stream)
+        return [(b"relay-token", token.encode())] if token else []
+
+    async def _current(self, proxy: Proxy, stream: str, scope: Scope) -> RunAnswer | None:
+        """The current run of a stream that this request may read."""
+        try:
+            await self.access.grant(scope, Right.READ, stream)
+        except UnknownStream:
+            return None
+        return await proxy.current(stream)
+
+    async def _stop_current(self, stream: str, scope: Scope, send: Send) -> None:
         """Cancel a stream's newest open run: the run as it ended, or 204."""
         try:
+            await self.access.grant(scope, Right.CANCEL, stream)
             run = (await self.journal.describe(stream)).current_run
         except UnknownStream:
             run = ""
@@ -325,11 +397,11 @@ class App:
         headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
         await send_whole(200, headers, orjson.dumps(run_object(stream, info)), send)
 
-    async def _resume(self, presented: str, browser: bool, send: Send) -> StreamAnswer | None:
+    async def _resume(self, presented: str, browser: bool, client: str, send: Send) -> StreamAnswer | None:
         """Answer a request that carries a resume id from the journal, never from upstream."""
         resume_id = parse_resume_id(presented)
         answer, after, page = await find(self.tails, partial(self._look_up, resume_id))
-        return await self._known_run(answer, (after, page), browser, send)
+        return await self._known_run(answer, (after, page), browser, client, send)
 
     async def _look_up(self, resume_id: ResumeId) -> tuple[tuple[RunAnswer, Cursor, Page], bool]:
         """The run of a resume id, the reader's cursor and what comes behind it; and whether the journal has
@@ -360,12 +432,13 @@ class App:
         answer: RunAnswer,
         presented: tuple[Cursor, Page] | None,
         browser: bool,
+        client: str,
         send: Send,
     ) -> StreamAnswer | None:
         """A run opened before, from its reader's cursor or its start. Who has all of it gets 204."""
         info = answer.info
         assert info is not None
-        self.check_room()
+        self.check_room(answer.stream, client)
         if presented is None:
             after = answer.start
             page = await self.journal.read(answer.stream, after, 1, 1)
@@ -382,10 +455,10 @@ class App:
             raise cursor_gone(standing, page)
         if presented is not None:
             self.metrics.resumed("resumed")
-        return self._run_from(answer, after, ended_at(info), browser)
+        return self._run_from(answer, after, ended_at(info), browser, client)
 
     def _run_from(
-        self, answer: RunAnswer, after: Cursor, ended_seq: int | None, browser: bool
+        self, answer: RunAnswer, after: Cursor, ended_seq: int | None, browser: bool, client: str
     ) -> StreamAnswer:
         """A run as upstream's own answer, from a cursor on."""
         prime = b""
@@ -404,7 +477,8 @@ class App:
             None,
             ended_at=ended_seq,
             # Only a browser's EventSource is known to come back; others would take the end for the end.
-            rotate_at=self.rotate_at() if browser else None,
+            lease=self.lease() if browser else None,
+            client=client,
         )
 
         def break_off() -> None:
@@ -443,10 +517,15 @@ class App:
         said = info.answer and BY_NAME.get(info.dialect, RAW).error_event(ending(Reason.UPSTREAM_ERROR))
         return info.status is Status.COMPLETED or bool(said)
 
-    def check_room(self) -> None:
-        """Raises `Busy` when no further reader may be served."""
-        if len(self.readers) >= self.settings.readers_max:
+    def check_room(self, stream: str, client: str) -> None:
+        """Raises `Busy` when no further reader may be served: at all, of the stream, or of the client."""
+        settings, readers = self.settings, self.readers
+        if len(readers) >= settings.readers_max:
             raise Busy("This relay serves as many readers as it may.")
+        if settings.stream_readers_max and readers.of_stream[stream] >= settings.stream_readers_max:
+            raise TooManyRequests("This stream has as many readers as it may.")
+        if settings.client_readers_max and readers.of_client[client] >= settings.client_readers_max:
+            raise TooManyRequests("This client has as many readers as it may.")
 
     async def _ask_to_come_back(self, error: RelayError, send: Send) -> None:
         """A browser's EventSource gives up for ever on anything but 200; this makes it try again."""
@@ -459,7 +538,29 @@ def _wall_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _call(scope: Scope, receive: Receive) -> Call:
+class Caller:
+    """Who sends a request to upstream, by the rules of access."""
+
+    def __init__(self, scope: Scope, access: Access) -> None:
+        self._scope = scope
+        self._connection = scope["extensions"][CONNECTION]
+        self._access = access
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the connection is lost."""
+        return bool(self._connection.lost)
+
+    async def may_name(self, stream: str) -> bool:
+        """Whether its credential says so; without authentication, whether it is on this machine."""
+        return await self._access.may_name(self._scope, stream)
+
+    async def check_named(self, stream: str) -> None:
+        """Raises what `Access.check_named` does."""
+        await self._access.check_named(self._scope, stream)
+
+
+def _call(scope: Scope, receive: Receive, access: Access) -> Call:
     raw_path: bytes = scope["raw_path"]
     if not raw_path.startswith(b"/"):
         raise CallerError("The request target is not a path.")
@@ -474,16 +575,13 @@ def _call(scope: Scope, receive: Receive) -> Call:
         if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
             # Passed on without the header, the body would be taken for something else.
             raise CallerError("A request's transfer coding can only be chunked.")
-    client = scope.get("client")
-    connection = scope["extensions"][CONNECTION]
     return Call(
         method=scope["method"],
         path=scope["path"],
         target=target.decode("latin-1"),
-        headers=headers,
+        headers=without_own_cookie(headers),
         body=_request_body(receive) if has_body else None,
-        client_host=client[0] if client else "",
-        client_gone=lambda: connection.lost,
+        caller=Caller(scope, access),
     )
 
 
@@ -507,7 +605,7 @@ def _is_event_source(call: Call) -> bool:
     )  # fmt: skip
 
 
-async def _send_started(started: StartedRun, send: Send) -> None:
+async def _send_started(started: StartedRun, more: Head, send: Send) -> None:
     """The answer to `Prefer: respond-async` (RFC 7240 section 4.1)."""
     cursor = str(started.cursor)
     document = {"stream": started.stream, "run": started.run, "cursor": cursor}
@@ -518,6 +616,7 @@ async def _send_started(started: StartedRun, send: Send) -> None:
         (b"relay-stream", started.stream.encode()),
         (b"relay-run", started.run.encode()),
         (b"relay-cursor", cursor.encode()),
+        *more,
     ]
     if started.frames_after is not None:
         headers.append((b"relay-frames-after", b"%d" % started.frames_after))

@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
-import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,14 @@ import click
 import orjson
 import uvloop
 
+from relay.access import is_loopback
 from relay.app import App
 from relay.commands import PushOptions, cancel_run, list_streams, push_run, show, tail_stream
 from relay.demo import sample_agent
 from relay.errors import RelayError, StartupError
 from relay.journal.base import Journal
 from relay.metrics import share_metrics
+from relay.security import Right, mint
 from relay.server import RelayServer, allow_connections, server
 from relay.settings import Settings
 from relay.workers import Supervisor, Worker
@@ -35,6 +36,9 @@ from relay.workers import Supervisor, Worker
 log = logging.getLogger("relay.cli")
 
 _URL = click.option("--url", envvar="RELAY_URL", default="http://127.0.0.1:8080", show_default=True)
+_TOKEN = click.option(
+    "--token", envvar="RELAY_TOKEN", default="", help="A token or a key, where relay asks for one."
+)
 
 
 def main() -> None:
@@ -101,16 +105,17 @@ def demo(port: int, journal: str) -> None:
 @click.option("--run", default=None, help="One run only: its name, 'current' or 'latest'.")
 @click.option("--wait", default=0.0, help="Seconds to wait for a stream that does not exist yet.")
 @click.option("--json", "as_json", is_flag=True, help="Print frame objects, one a line.")
-def tail(stream: str, url: str, after: str, run: str | None, wait: float, as_json: bool) -> None:
+def tail(stream: str, url: str, token: str, after: str, run: str | None, wait: float, as_json: bool) -> None:
     """Follow a stream: one line a frame, resumed across disconnects, until it ends."""
-    _run(tail_stream(url, stream, after, run, wait, as_json, click.echo))
+    _run(tail_stream(url, stream, after, run, wait, as_json, click.echo, token))
 
 
 @cli.command()
 @_URL
-def ls(url: str) -> None:
+@_TOKEN
+def ls(url: str, token: str) -> None:
     """List the streams of a running relay."""
-    _run(list_streams(url, click.echo))
+    _run(list_streams(url, click.echo, token))
 
 
 @cli.command()
@@ -134,7 +139,10 @@ def ls(url: str) -> None:
 @click.option("--if-busy", type=click.Choice(("allow", "reject", "supersede")), default=None)
 @click.option("--metadata", default=None, help="JSON kept with the run.")
 @_URL
-def push(stream: str, form: str, event: str, metadata: str | None, url: str, **opening: str | None) -> None:
+@_TOKEN
+def push(
+    stream: str, form: str, event: str, metadata: str | None, url: str, token: str, **opening: str | None
+) -> None:
     """Make one run of standard input, frame by frame as it comes, and complete it at its end."""
     given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     if metadata is not None:
@@ -149,16 +157,17 @@ def push(stream: str, form: str, event: str, metadata: str | None, url: str, **o
         raise click.UsageError("standard input is closed")
     # Not through sys.stdin: a thread that waits for input would hold its lock, which aborts our exit.
     read = partial(os.read, sys.stdin.fileno())
-    _run(push_run(url, stream, read, options, partial(click.echo, err=True)))
+    _run(push_run(url, stream, read, options, partial(click.echo, err=True), token))
 
 
 @cli.command()
 @click.argument("stream")
 @click.argument("run", required=False)
 @_URL
-def cancel(stream: str, run: str | None, url: str) -> None:
+@_TOKEN
+def cancel(stream: str, run: str | None, url: str, token: str) -> None:
     """Cancel a run, or the current one of a stream. What it said so far is kept."""
-    _run(cancel_run(url, stream, run, click.echo))
+    _run(cancel_run(url, stream, run, click.echo, token))
 
 
 @cli.command()
@@ -166,11 +175,47 @@ def cancel(stream: str, run: str | None, url: str) -> None:
 @click.argument("run", required=False)
 @click.option("--transcript", is_flag=True, help="The text of the run instead of its state.")
 @_URL
-def inspect(stream: str, run: str | None, transcript: bool, url: str) -> None:
+@_TOKEN
+def inspect(stream: str, run: str | None, transcript: bool, url: str, token: str) -> None:
     """Print what relay knows of a stream and its runs, or of one run, as JSON."""
     if transcript and run is None:
         raise click.UsageError("--transcript needs a run: relay inspect STREAM RUN --transcript")
-    _run(show(url, stream, run, transcript, click.echo))
+    _run(show(url, stream, run, transcript, click.echo, token))
+
+
+@cli.command()
+@click.argument("streams", nargs=-1, required=True)
+@click.option(
+    "--scope",
+    "rights",
+    multiple=True,
+    type=click.Choice([right.value for right in Right]),
+    default=(Right.READ.value,),
+    show_default=True,
+    help="What the token allows. Repeatable.",
+)
+@click.option("--expires", "life", default="1h", show_default=True, help="30s, 15m, 12h or 7d.")
+@click.option("--subject", default="", help="Whose it is, for the log.")
+@click.option("--audience", envvar="RELAY_JWT_AUDIENCE", default="relay", show_default=True)
+@click.option("--issuer", envvar="RELAY_JWT_ISSUER", default="")
+@click.option("--secret", envvar="RELAY_JWT_SECRET", required=True, help="As relay has it.", show_envvar=True)
+def token(
+    streams: tuple[str, ...], rights: tuple[str, ...], life: str, subject: str, audience: str, issuer: str,
+    secret: str,
+) -> None:  # fmt: skip
+    """Make a token for streams, named or by patterns with *: relay token 'chat-7.*' --scope read."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    number, unit = life[:-1], life[-1:]
+    if unit not in units or not number.isascii() or not number.isdigit() or not int(number):
+        raise click.BadParameter("write 30s, 15m, 12h or 7d", param_hint="--expires")
+    try:
+        made = mint(
+            secret, map(Right, rights), streams, int(number) * units[unit],
+            audience=audience, issuer=issuer, subject=subject,
+        )  # fmt: skip
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    click.echo(made)
 
 
 def _run(work: Coroutine[Any, Any, None], run: Callable[..., None] = uvloop.run) -> None:
@@ -224,11 +269,14 @@ async def _serve(settings: Settings, ready: Callable[[str], None], worker: Worke
     _check_bind(settings)
     wanted = settings.readers_max + settings.open_runs_max
     allowed = allow_connections(wanted)
-    with worker.socket() if worker else _listen(settings.host, settings.port) as listener:
+    async with contextlib.AsyncExitStack() as lasting:
+        place = worker.socket() if worker else _listen(settings.host, settings.port)
+        listener = lasting.enter_context(place)
         app = App(settings, open_journal(settings), worker)
         try:
             await app.start()
-            serving = server(app, app.drain)
+            await lasting.enter_async_context(_administration(app, settings, shared=worker is not None))
+            serving = server(app, app.drain, settings)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, serving.handle_exit, number, None)
@@ -252,12 +300,33 @@ async def _serve(settings: Settings, ready: Callable[[str], None], worker: Worke
             await app.close()
 
 
-async def _demo(port: int, journal: str) -> None:
-    async def nothing() -> None:
-        pass
+@contextlib.asynccontextmanager
+async def _administration(app: App, settings: Settings, *, shared: bool) -> AsyncIterator[None]:
+    """Serve `--admin-addr`, if there is one; several workers share it as they do the port."""
+    if not settings.admin_addr:
+        yield
+        return
+    host, port = _admin_address(settings)
+    if shared and not port:
+        raise StartupError("--admin-addr needs a port of its own with --workers.")
+    with _listen(host, port, shared=shared) as listener:
+        serving = server(app.administration, _nothing, settings, grace_s=1)
+        task = await _started(serving, listener)
+        click.echo(f"relay's administration is on {_url(listener)}")
+        try:
+            yield
+        finally:
+            serving.should_exit = True
+            await task
 
+
+async def _nothing() -> None:
+    pass
+
+
+async def _demo(port: int, journal: str) -> None:
     with _listen("127.0.0.1", 0) as listener:
-        agent = server(sample_agent(), nothing, grace_s=1)
+        agent = server(sample_agent(), _nothing, Settings(), grace_s=1)
         task = await _started(agent, listener)
         upstream = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
@@ -306,22 +375,39 @@ def open_journal(settings: Settings) -> Journal:
 
 
 def _check_bind(settings: Settings) -> None:
-    try:
-        loopback = settings.host == "localhost" or ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not settings.insecure_bind:
+    if settings.insecure_bind:
+        return
+    has_tokens = settings.jwt_secret or settings.jwt_public_key or settings.jwks_url
+    if not (settings.producer_key or settings.admin_key or has_tokens or settings.auth_url):
+        _refuse_bind(
+            "--host", settings.host, "read every stream", "--admin-key and --jwt-secret or --auth-url"
+        )
+    if settings.admin_addr and not settings.admin_key:
+        _refuse_bind("--admin-addr", _admin_address(settings)[0], "list every stream", "--admin-key")
+
+
+def _refuse_bind(flag: str, host: str, harm: str, remedy: str) -> None:
+    if not is_loopback(host):
         raise StartupError(
-            f"relay has no authentication, so it does not listen on {settings.host}: whoever reaches it can "
-            "read every stream. Put something that authenticates before it and give --insecure-bind."
+            f"{flag}: without authentication relay does not listen on {host}: whoever reaches it can {harm}. "
+            f"Give {remedy}, or put something that authenticates before it and give --insecure-bind."
         )
 
 
+def _admin_address(settings: Settings) -> tuple[str, int]:
+    host, _, port = settings.admin_addr.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit():
+        raise StartupError(f"--admin-addr {settings.admin_addr!r}: write HOST:PORT, such as 127.0.0.1:9464.")
+    return host.strip("[]"), int(port)
+
+
 @contextlib.contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
+def _listen(host: str, port: int, *, shared: bool = False) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             listener.bind((host, port))
         except (OSError, OverflowError) as error:

@@ -4,7 +4,8 @@ Errors are those of `relay.errors`, found by the `code` of relay's problem docum
 means the same on both sides; what no class stands for is `Refused`, and no answer at all `Unreachable`.
 Answers that time may change (408, 425, 429, 5xx but 501), cut connections and silence are asked again, after
 `Retry-After` where there is one, with backoff and full jitter, until nothing good was heard for `give_up_s`.
-Only a first request that nothing answers fails at once, because then the URL is likely wrong.
+Only a first request that nothing answers fails at once, because then the URL is likely wrong. `token` is a
+token or a key, where relay asks for one; a `session` of your own holds it in its headers.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ async def subscribe(
     control: Literal["none", "events"] = "none",
     silence_s: float = SILENCE_S,
     give_up_s: float = GIVE_UP_S,
+    token: str = "",
     session: aiohttp.ClientSession | None = None,
 ) -> AsyncGenerator[Frame, None]:
     """Read a stream, each frame once and none skipped in silence, over any number of connections, until it
@@ -144,7 +146,7 @@ async def subscribe(
     params = {"wait": f"{wait_s:g}"} | ({} if run is None else {"run": run})
     route = _stream_route(url, stream)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=silence_s + wait_s)
-    async with _borrowed(session) as asking:
+    async with _borrowed(session, token) as asking:
         retrying = _Retrying(url, give_up_s)
         while True:
             pause_s = None
@@ -278,6 +280,7 @@ class Producer:
         seal: bool | None = None,
         metadata: Any = None,
         give_up_s: float = GIVE_UP_S,
+        token: str = "",
         session: aiohttp.ClientSession | None = None,
     ) -> None:
         if take_over and run is None:
@@ -298,6 +301,7 @@ class Producer:
         self._url = url
         self._give_up_s = give_up_s
         self._lent = session
+        self._token = token
         self._stack = contextlib.AsyncExitStack()
         self._writer = ""
         self._waiting: list[bytes] = []
@@ -314,7 +318,7 @@ class Producer:
         assert task is not None
         self._task = task
         self._cancelling = task.cancelling()
-        self._session = await self._stack.enter_async_context(_borrowed(self._lent))
+        self._session = await self._stack.enter_async_context(_borrowed(self._lent, self._token))
         try:
             await self._open()
         except BaseException:
@@ -496,6 +500,7 @@ async def cancel(
     *,
     reason: str = "",
     give_up_s: float = GIVE_UP_S,
+    token: str = "",
     session: aiohttp.ClientSession | None = None,
 ) -> dict[str, Any]:
     """Cancel a run, or the newest open one of a stream; what it said stays. Returns the run as it ended, now
@@ -504,7 +509,7 @@ async def cancel(
     route = _stream_route(url, stream)
     route += "/cancel" if run is None else f"/runs/{quote(run, safe='')}/cancel"
     body = {"reason": reason} if reason else {}
-    async with _borrowed(session) as asking:
+    async with _borrowed(session, token) as asking:
         ended: dict[str, Any] = await _answer(asking, "POST", route, _Retrying(url, give_up_s), json=body)
     return ended
 
@@ -515,13 +520,14 @@ async def transcript(
     run: str = "latest",
     *,
     give_up_s: float = GIVE_UP_S,
+    token: str = "",
     session: aiohttp.ClientSession | None = None,
 ) -> dict[str, Any]:
     """The text that was shown of a run (a name, `current` or `latest`), whatever its ending: `status`,
     `reason`, `text`, `parts`, `frames`, `truncated` … as PROTOCOL.md has it. Raises `UnknownStream`,
     `UnknownRun`."""
     route = f"{_stream_route(url, stream)}/runs/{quote(run, safe='')}/transcript"
-    text: dict[str, Any] = await get(route, give_up_s=give_up_s, session=session)
+    text: dict[str, Any] = await get(route, give_up_s=give_up_s, token=token, session=session)
     return text
 
 
@@ -530,10 +536,11 @@ async def get(
     params: dict[str, str] | None = None,
     *,
     give_up_s: float = GIVE_UP_S,
+    token: str = "",
     session: aiohttp.ClientSession | None = None,
 ) -> Any:
     """What one of relay's JSON routes answers; `url` is the whole of it."""
-    async with _borrowed(session) as asking:
+    async with _borrowed(session, token) as asking:
         return await _answer(asking, "GET", url, _Retrying(url, give_up_s), params=params or {})
 
 
@@ -542,12 +549,17 @@ def _stream_route(url: str, stream: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _borrowed(session: aiohttp.ClientSession | None) -> AsyncIterator[aiohttp.ClientSession]:
+async def _borrowed(
+    session: aiohttp.ClientSession | None, token: str
+) -> AsyncIterator[aiohttp.ClientSession]:
     """The caller's session, which stays open, or one of our own."""
     if session is not None:
+        if token:
+            raise InvalidParameter("A session of your own has the token in its headers.", parameter="token")
         yield session
         return
-    async with aiohttp.ClientSession(read_bufsize=2**20) as own:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with aiohttp.ClientSession(read_bufsize=2**20, headers=headers) as own:
         yield own
 
 

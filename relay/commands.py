@@ -1,4 +1,5 @@
-"""What the command line asks of a running relay, and how it is printed."""
+"""What the command line asks of a running relay, and how it is printed. `token` is one, or a key, where relay
+asks for it."""
 
 from __future__ import annotations
 
@@ -28,12 +29,13 @@ class Refused(RelayError):
     code, title = "refused", "Refused"
 
 
-async def list_streams(url: str, echo: Callable[[str], Any]) -> None:
+async def list_streams(url: str, echo: Callable[[str], Any], token: str = "") -> None:
     """Print one line a stream: name, frames' last id, state."""
+    route = f"{url.rstrip('/')}/relay/v1/streams"
     after = ""
     while True:
         with _saying_why():
-            page = await get(f"{url.rstrip('/')}/relay/v1/streams", {"after": after}, give_up_s=0)
+            page = await get(route, {"after": after}, give_up_s=0, token=token)
         for stream in page["streams"]:
             state = "sealed" if stream["sealed"] else "idle"
             if stream["open_runs"]:
@@ -53,11 +55,14 @@ async def tail_stream(
     wait_s: float,
     as_json: bool,
     echo: Callable[[str], Any],
+    token: str = "",
 ) -> None:
     """Print a stream's frames, one line each, until it ends; comes back after a cut, or a restart of relay,
     from its cursor. Raises `Refused` when relay cannot be reached at first, or does not serve the stream."""
     check_stream_name(stream)
-    frames = subscribe(url, stream, after=after, run=run, wait_s=wait_s, control="events", give_up_s=math.inf)
+    frames = subscribe(
+        url, stream, after=after, run=run, wait_s=wait_s, control="events", give_up_s=math.inf, token=token
+    )
     async with contextlib.aclosing(frames):
         with _saying_why():
             async for frame in frames:
@@ -66,28 +71,32 @@ async def tail_stream(
                     return
 
 
-async def show(url: str, stream: str, run: str | None, transcript: bool, echo: Callable[[str], Any]) -> None:
+async def show(
+    url: str, stream: str, run: str | None, transcript: bool, echo: Callable[[str], Any], token: str = ""
+) -> None:
     """Print what relay knows of a stream and its runs, or of one run, or a run's transcript, as JSON."""
     route = f"{url.rstrip('/')}/relay/v1/streams/{check_stream_name(stream)}"
     with _saying_why():
         if run is None:
-            found = await get(route, give_up_s=0)
+            found = await get(route, give_up_s=0, token=token)
             found["runs"] = []
             page: dict[str, Any] = {"more": True, "after": ""}
             while page["more"]:
-                page = await get(f"{route}/runs", {"after": page["after"]}, give_up_s=0)
+                page = await get(f"{route}/runs", {"after": page["after"]}, give_up_s=0, token=token)
                 found["runs"] += page["runs"]
         else:
             suffix = "/transcript" if transcript else ""
-            found = await get(f"{route}/runs/{quote(run, safe='')}{suffix}", give_up_s=0)
+            found = await get(f"{route}/runs/{quote(run, safe='')}{suffix}", give_up_s=0, token=token)
     echo(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
 
 
-async def cancel_run(url: str, stream: str, run: str | None, echo: Callable[[str], Any]) -> None:
+async def cancel_run(
+    url: str, stream: str, run: str | None, echo: Callable[[str], Any], token: str = ""
+) -> None:
     """Cancel a run, or the current one of a stream, and print how it ended."""
     check_stream_name(stream)
     with _saying_why():
-        ended = await cancel(url, stream, run, give_up_s=0)
+        ended = await cancel(url, stream, run, give_up_s=0, token=token)
     if ended["run"] is None:
         echo("no run is open")
     else:
@@ -110,6 +119,7 @@ async def push_run(
     read: Callable[[int], bytes],
     options: PushOptions,
     echo: Callable[[str], Any],
+    token: str = "",
 ) -> None:
     """Make one run of everything that `read` gives until it gives nothing, and complete it. Frames are
     numbered, so that requests are made again until relay has taken them, and a run that has a name can be
@@ -118,7 +128,7 @@ async def push_run(
     check_stream_name(stream)
     is_text = options.form == "text"
     # Lines are the same each time, so that those which are there already are dropped; pieces of text are not.
-    producer = Producer(url, stream, from_first=not is_text, **options.opening)
+    producer = Producer(url, stream, from_first=not is_text, token=token, **options.opening)
     opened = False
     with _saying_why(producer.run):
         try:

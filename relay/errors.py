@@ -7,6 +7,9 @@
     │   ├── InvalidParameter        400 invalid_parameter
     │   ├── InvalidEvent            400 invalid_event
     │   ├── MissingWriter           400 missing_writer
+    │   ├── Unauthorized            401 unauthorized
+    │   ├── Forbidden               403 forbidden
+    │   ├── CrossOrigin             403 cross_origin
     │   ├── FrameTooLarge           413 frame_too_large
     │   ├── BodyTooLarge            413 body_too_large
     │   ├── RouteNotFound           404 route_not_found
@@ -23,6 +26,7 @@
     │   ├── CursorGone              410 cursor_gone
     │   ├── ResumeUnknown           410 resume_unknown
     │   ├── UnsupportedMediaType    415 unsupported_media_type
+    │   ├── HostNotAllowed          421 host_not_allowed
     │   ├── KeyReused               422 idempotency_key_reused
     │   └── UpgradeUnsupported      501 upgrade_unsupported
     ├── UpstreamError               the backend behind relay failed; 502 or 504
@@ -35,6 +39,8 @@
     │   └── Rewound                 503 journal_rewound
     │       └── Diverged            503 journal_diverged
     ├── Busy                        503 busy: a limit of this process is reached, or it is draining
+    │   ├── TooManyRequests         429 too_many_requests: a limit of one client or stream is reached
+    │   └── AuthUnavailable         503 auth_unavailable: who decides on access cannot be asked
     └── StartupError                relay cannot start; the message says what to do
 
 Anything else that escapes a request is a bug in relay.
@@ -91,6 +97,22 @@ class InvalidEvent(CallerError):
 
 class MissingWriter(CallerError):
     code, title = "missing_writer", "Writer token is missing"
+
+
+class Unauthorized(CallerError):
+    """The request says not, or not validly, who sends it."""
+
+    code, status, title = "unauthorized", 401, "Unauthorized"
+
+
+class Forbidden(CallerError):
+    code, status, title = "forbidden", 403, "Forbidden"
+
+
+class CrossOrigin(CallerError):
+    """A page of another site made a browser send the request."""
+
+    code, status, title = "cross_origin", 403, "Cross-origin request"
 
 
 class FrameTooLarge(CallerError):
@@ -157,6 +179,10 @@ class UnsupportedMediaType(CallerError):
     code, status, title = "unsupported_media_type", 415, "Unsupported media type"
 
 
+class HostNotAllowed(CallerError):
+    code, status, title = "host_not_allowed", 421, "Host is not served here"
+
+
 class KeyReused(CallerError):
     code, status, title = "idempotency_key_reused", 422, "Idempotency key was used with another request"
 
@@ -211,6 +237,14 @@ class Diverged(Rewound):
 
 class Busy(RelayError):
     code, status, title = "busy", 503, "Busy"
+
+
+class TooManyRequests(Busy):
+    code, status, title = "too_many_requests", 429, "Too many requests"
+
+
+class AuthUnavailable(Busy):
+    code, title = "auth_unavailable", "Authorization is unavailable"
 
 
 class StartupError(RelayError):

@@ -52,9 +52,14 @@ LAST_EVENT_ID_MAX_BYTES = 512
 """No cursor relay gives out is longer."""
 
 
+def is_stream_name(name: str) -> bool:
+    """Whether a stream can have this name."""
+    return _NAME.fullmatch(name) is not None and name not in _DOTS
+
+
 def check_stream_name(name: str) -> str:
     """Return a stream name unchanged; raises `InvalidName`."""
-    if _NAME.fullmatch(name) is None or name in _DOTS:
+    if not is_stream_name(name):
         raise InvalidName("A stream name is 1 to 200 characters of A-Z a-z 0-9 . _ ~ : - and not . or ..")
     return name
 

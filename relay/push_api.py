@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from relay.api import Json, News, run_object, stream_object
+from relay.api import Guarded, Json, News, run_object, stream_object
 from relay.dialects.detect import BY_NAME
 from relay.errors import (
     BodyTooLarge,
@@ -46,6 +47,7 @@ from relay.limits import (
 )
 from relay.replay.request import JSON, read_number
 from relay.replay.response import CONNECTION, Receive, Scope, Send
+from relay.security import Right
 from relay.settings import NUMBER_MAX
 
 if TYPE_CHECKING:
@@ -68,17 +70,19 @@ _PRODUCERS_REASONS = {
 def push_routes(app: App) -> list[Route]:
     """The routes that write."""
     streams, runs, writers = StreamRoutes(app), RunRoutes(app), WriterRoutes(app)
+    write = partial(Guarded, app.access, Right.WRITE)
+    cancel = partial(Guarded, app.access, Right.CANCEL)
     return [
-        Route(_RUN + "/frames", FramesEndpoint(app), methods=["POST"]),
-        Route(_RUN + "/end", writers.end, methods=["POST"]),
-        Route(_RUN + "/heartbeat", writers.heartbeat, methods=["POST"]),
-        Route(_RUN + "/writer", runs.take_over, methods=["POST"]),
-        Route(_RUN + "/cancel", runs.cancel, methods=["POST"]),
-        Route(_STREAM + "/runs", runs.open, methods=["POST"]),
-        Route(_STREAM + "/cancel", runs.cancel_current, methods=["POST"]),
-        Route(_STREAM + "/seal", streams.seal, methods=["POST"]),
-        Route(_STREAM, streams.put, methods=["PUT"]),
-        Route(_STREAM, streams.delete, methods=["DELETE"]),
+        write(_RUN + "/frames", FramesEndpoint(app), "POST"),
+        write(_RUN + "/end", writers.end, "POST"),
+        write(_RUN + "/heartbeat", writers.heartbeat, "POST"),
+        write(_RUN + "/writer", runs.take_over, "POST"),
+        cancel(_RUN + "/cancel", runs.cancel, "POST"),
+        write(_STREAM + "/runs", runs.open, "POST"),
+        cancel(_STREAM + "/cancel", runs.cancel_current, "POST"),
+        write(_STREAM + "/seal", streams.seal, "POST"),
+        write(_STREAM, streams.put, "PUT"),
+        write(_STREAM, streams.delete, "DELETE"),
     ]
 
 
@@ -180,6 +184,7 @@ class RunRoutes:
         if "metadata" in given:
             given["metadata"] = _parsed(given["metadata"].encode(), "'metadata'")
         opening = _opening(stream, given, request, request.url.query.encode())
+        request.scope["extensions"][CONNECTION].may_be_silent = True
         parser = FORMATS[media_type](self._app.settings.frame_max_bytes)
         turn, receipt = await self._app.pushes.push_whole(opening, parser, _body(request.receive), end)
         document = {"run": turn.run, "stream": stream, **receipt.members()}
@@ -234,6 +239,7 @@ class FramesEndpoint:
         media_type = _media_type(given.get(b"content-type", b"").decode("latin-1"))
         frames: list[Event] | FrameParser
         if media_type in FORMATS:
+            scope["extensions"][CONNECTION].may_be_silent = True
             frames = FORMATS[media_type](settings.frame_max_bytes)
         else:
             body = await _whole_body(receive, settings.buffered_body_max_bytes)

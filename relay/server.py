@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import sys
 from collections.abc import Awaitable, Callable
@@ -13,7 +14,10 @@ import orjson
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from relay.replay.response import CONNECTION, Headers
+from relay.replay.response import CONNECTION, Head
+from relay.settings import Settings
+
+log = logging.getLogger("relay.server")
 
 HEAD_MAX_BYTES = 64 * 1024
 """Largest request head; llhttp itself has no bound."""
@@ -39,6 +43,9 @@ def in_chunk(data: bytes) -> bytes:
         _last_chunk = data, coded
     return coded
 
+
+VISIT_S = 2.0
+"""How often connections are looked at, at least."""
 
 SPARE_FILES = 256
 """Files that a process has open besides connections of clients and of upstream."""
@@ -92,10 +99,14 @@ class Exchange:
 
     Of its own, and not the connection's, because a client may have sent its next request already."""
 
-    __slots__ = ("_on_lost", "_protocol", "cycle")
+    __slots__ = ("_on_lost", "_protocol", "cycle", "is_read", "may_be_silent")
 
     def __init__(self, protocol: RelayProtocol, cycle: RequestResponseCycle) -> None:
         self.cycle = cycle
+        self.is_read = False
+        """Whether the answer is a reader's, who looks himself after how it is taken."""
+        self.may_be_silent = False
+        """Whether the request's body may pause for as long as it likes."""
         self._protocol = protocol
         self._on_lost: Callable[[], None] | None = None
 
@@ -132,6 +143,7 @@ class Exchange:
 
     def begin_stream(self) -> None:
         """A response begins that may last for hours: what was asked is forgotten."""
+        self.is_read = True
         cycle, protocol = self.cycle, self._protocol
         scope = cycle.scope
         if protocol.headers is scope["headers"]:
@@ -151,7 +163,11 @@ class Exchange:
         protocol.transport.write(in_chunk(data) if in_chunks else data)
         return not protocol.flow.write_paused
 
-    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+    def add_headers(self, headers: Head) -> None:
+        """Send these with the answer too, whatever it will be."""
+        self.cycle.default_headers = [*self.cycle.default_headers, *headers]
+
+    async def answer(self, status: int, headers: Head, body: bytes) -> None:
         """The whole response, in one write; through ASGI's `send` it takes two, which is felt where a request
         is small. `headers` say how long the body is. Not for HEAD, nor for a status without a body."""
         cycle, protocol = self.cycle, self._protocol
@@ -161,7 +177,7 @@ class Exchange:
         cycle.response_started = cycle.response_complete = True
         cycle.waiting_for_100_continue = False
         parts = [STATUS_LINE[status]]
-        for name, value in headers:
+        for name, value in (*cycle.default_headers, *headers):
             parts += name, b": ", value, b"\r\n"
         parts += b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body
         protocol.transport.write(b"".join(parts))
@@ -192,25 +208,33 @@ class RelayProtocol(HttpToolsProtocol):
 
     # Python 3.11 to 3.13 keep up to 30 attributes of an object in a compact way, and uvicorn uses 28 of them.
     __slots__ = (
-        "_data", "_exchanges", "_head_bytes", "_heads", "_in_head", "_refused", "_resumes_body", "lost",
+        "_data", "_exchanges", "_head_bytes", "_heads", "_in_head", "_received", "_refused", "_resumes_body",
+        "_stuck", "lost",
     )  # fmt: skip
+
+    bounds = Settings()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin without any request."""
         self._exchanges: list[Exchange] = []
         self._in_head = True
-        self._heads = self._head_bytes = 0
+        self._heads = self._head_bytes = self._received = 0
+        self._stuck: tuple[Any, float] | None = None
+        """What the client keeps us waiting for, and since when."""
         self._data = b""
         self.lost = self._refused = self._resumes_body = False
         super().connection_made(transport)
         self.flow._is_writable_event = Gate(is_set=True)  # type: ignore[assignment]
         self.pipeline = Pipeline()  # type: ignore[assignment]
+        if len(self.connections) > self.bounds.connections_max:
+            self._refuse(503, "Busy", "busy", "This relay has as many connections as it may.")
 
     def data_received(self, data: bytes) -> None:
         """Bound a head that does not end; one that ended is measured in `on_headers_complete`."""
         if self._refused:
             return
         was_in_head, heads = self._in_head, self._heads
+        self._received += len(data)
         self._data = data
         super().data_received(data)
         self._data = b""
@@ -268,6 +292,34 @@ class RelayProtocol(HttpToolsProtocol):
         self._exchanges = []
         self.cycle = None  # type: ignore[assignment]
 
+    def visit(self, now: float) -> None:
+        """Part with a client that keeps us waiting: for the rest of a head, however slowly it comes; for more
+        of a body; or until it takes more of an answer. Readers have a care of their own."""
+        stage, longest_s = self._waits_for()
+        if stage is None:
+            self._stuck = None
+        elif self._stuck is None or self._stuck[0] != stage:
+            self._stuck = stage, now
+        elif now - self._stuck[1] >= longest_s:
+            log.info("a client was too slow: %s", stage[0])
+            if stage[0] == "write":
+                self.transport.abort()
+            else:
+                self._refuse(408, "Request Timeout", "request_timeout", "The request did not come in time.")
+
+    def _waits_for(self) -> tuple[tuple[str, int] | None, float]:
+        """What the client has to do next, told apart from what it had to do before; and how long it may."""
+        if self._in_head and (self._head_bytes or not self._heads):
+            return ("head", self._heads), self.bounds.head_timeout_s
+        if not self._exchanges:
+            return None, 0.0
+        newest = self._exchanges[-1]
+        if newest.cycle.more_body and not newest.may_be_silent and not self.flow.read_paused:
+            return ("body", self._received), self.bounds.body_timeout_s
+        if self.flow.write_paused and not newest.is_read:
+            return ("write", self.transport.get_write_buffer_size()), self.bounds.write_timeout_s
+        return None, 0.0
+
     def send_400_response(self, msg: str) -> None:
         """A request that is not HTTP."""
         if not self._refused:
@@ -287,8 +339,9 @@ class RelayProtocol(HttpToolsProtocol):
             self.transport.close()
             return
         body = orjson.dumps({"title": title, "status": status, "code": code, "detail": detail})
+        again = "retry-after: 1\r\n" if status == 503 else ""
         head = (
-            f"HTTP/1.1 {status} {title}\r\ncontent-type: application/problem+json\r\n"
+            f"HTTP/1.1 {status} {title}\r\ncontent-type: application/problem+json\r\n{again}"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
@@ -333,20 +386,34 @@ class RelayProtocol(HttpToolsProtocol):
 class RelayServer(uvicorn.Server):
     """uvicorn's server, which drains the application before it waits for connections to end."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]], bounds: Settings
+    ) -> None:
         super().__init__(config)
         self._drain = drain
+        shortest_s = min(bounds.head_timeout_s, bounds.body_timeout_s, bounds.write_timeout_s)
+        self._pause_s = min(VISIT_S, shortest_s / 4)
         self.ready = asyncio.Event()
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         """Listen, and say so."""
         await super().startup(sockets)
+        self._visiting = asyncio.create_task(self._visit())
         self.ready.set()
+
+    async def _visit(self) -> None:
+        """Look after connections, on a slow clock."""
+        while True:
+            await asyncio.sleep(self._pause_s)
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                connection.visit(now)  # type: ignore[union-attr]
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
         """Let runs and readers end, then close."""
         await self._drain()
         await super().shutdown(sockets)
+        self._visiting.cancel()
 
 
 def allow_connections(wanted: int) -> int:
@@ -360,13 +427,22 @@ def allow_connections(wanted: int) -> int:
     return wanted if soft == resource.RLIM_INFINITY else min(wanted, soft - SPARE_FILES)
 
 
-def server(app: Any, drain: Callable[[], Awaitable[None]], grace_s: float = 5.0) -> RelayServer:
+def server(
+    app: Any, drain: Callable[[], Awaitable[None]], settings: Settings, grace_s: float = 5.0
+) -> RelayServer:
     """A server for one ASGI application; sockets are given to its `serve`. Connections that are still open
     after drain get `grace_s` to end."""
+
+    class Protocol(RelayProtocol):
+        """With the bounds of these settings."""
+
+        __slots__ = ()
+        bounds = settings
+
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=RelayProtocol,
+        http=Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -378,4 +454,4 @@ def server(app: Any, drain: Callable[[], Awaitable[None]], grace_s: float = 5.0)
         timeout_graceful_shutdown=max(1, round(grace_s)),
         backlog=4096,
     )
-    return RelayServer(config, drain)
+    return RelayServer(config, drain, settings)

@@ -18,6 +18,7 @@ NUMBER_MAX = 2**53
 _MAY_BE_ZERO = frozenset(
     (
         *("port", "max_frames", "max_bytes", "retention_s", "upstream_idle_s", "abandon_s", "max_run_s"),
+        *("stream_readers_max", "client_readers_max", "client_requests_per_s", "auth_cache_s"),
         *("held_max_bytes", "held_total_max_bytes", "held_s", "rewind_grace_s"),
         *("group_ms", "ring_max_frames", "ring_max_bytes", "rings_max_bytes", "drain_grace_s", "retry_ms"),
     )
@@ -40,6 +41,34 @@ class Settings:
     port: int = _setting(8080, "Port to listen on; 0 picks a free one.")
     workers: int = _setting(1, "Processes that serve the port; more than one need Redis.")
     insecure_bind: bool = _setting(False, "Allow an address other than loopback without authentication.")
+    admin_addr: str = _setting(
+        "", "HOST:PORT where listing, diagnostics and metrics are served instead of on the main port."
+    )
+
+    producer_key: tuple[str, ...] = _setting(
+        (), "Reads, writes and cancels every stream: what your backend holds. Repeatable."
+    )
+    admin_key: tuple[str, ...] = _setting((), "Does everything, listing and metrics too. Repeatable.")
+    jwt_secret: str = _setting("", "Verifies tokens (JWT, HS256), and signs those that relay gives out.")
+    jwt_public_key: str = _setting("", "PEM file of the key that verifies tokens: RS256 or EdDSA.")
+    jwks_url: str = _setting("", "Where the keys that verify tokens are published (RS256, EdDSA).")
+    jwt_audience: str = _setting("relay", "What a token's 'aud' must hold.")
+    jwt_issuer: str = _setting("", "What a token's 'iss' must be; any, when this is empty.")
+    token_s: float = _setting(24 * 3600.0, "Life of the token that a proxied answer brings for its stream.")
+    auth_url: str = _setting("", "Asked whether a request may read, write or cancel a stream.")
+    auth_cache_s: float = _setting(10.0, "How long its answers are remembered.")
+    auth_recheck_s: float = _setting(
+        300.0, "A reader that it let in reconnects after so long, to be asked for."
+    )
+    cors_origin: tuple[str, ...] = _setting(
+        (), "Origin of pages elsewhere that may use relay's own routes: https://app.example. Repeatable."
+    )
+    allowed_host: tuple[str, ...] = _setting(
+        (), "Host names that requests may ask for; *.example.com for all under it. Repeatable."
+    )
+    trusted_proxy: tuple[str, ...] = _setting(
+        (), "Addresses or networks whose X-Forwarded-For is believed. Repeatable."
+    )
 
     stream_from: tuple[str, ...] = _setting(
         (), "Where a request names its stream: path:/chat/{stream}, body:/pointer or header:Name. Repeatable."
@@ -67,6 +96,14 @@ class Settings:
     frame_max_bytes: int = _setting(FRAME_MAX_BYTES, "Largest frame.")
     open_runs_max: int = _setting(10_000, "Open proxied runs of this process.")
     readers_max: int = _setting(20_000, "Open readers of this process.")
+    connections_max: int = _setting(35_000, "Open connections of clients to this process.")
+    stream_readers_max: int = _setting(0, "Open readers of one stream in this process; 0 is no bound.")
+    client_readers_max: int = _setting(0, "Open readers of one client in this process; 0 is no bound.")
+    client_requests_per_s: float = _setting(
+        0.0, "Requests of one client, with a burst of ten times as many; 0 is no bound."
+    )
+    head_timeout_s: float = _setting(15.0, "Longest wait for the rest of a request's head.")
+    body_timeout_s: float = _setting(60.0, "Longest silence within a request's body, frames pushed apart.")
     buffered_body_max_bytes: int = _setting(
         16 * 1024 * 1024, "Largest request body kept in memory, for its key or to find a name in it."
     )

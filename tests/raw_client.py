@@ -41,7 +41,7 @@ class RawClient:
         self._socket.sendall(data)
 
     def request(self, method: str, target: str, *headers: str, body: bytes = b"") -> None:
-        lines = [f"{method} {target} HTTP/1.1", "Host: relay.test", *headers]
+        lines = [f"{method} {target} HTTP/1.1", "Host: localhost", *headers]
         if body:
             lines.append(f"Content-Length: {len(body)}")
         self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + body)

@@ -68,7 +68,7 @@ def test_a_head_that_comes_byte_by_byte_is_read(
 ) -> None:
     upstream.on(f"/{name}", echo)
     with RawClient(relay.port) as client:
-        for byte in f"GET /{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode():
+        for byte in f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode():
             client.send(bytes([byte]))
         assert client.answer().status == 200
 
@@ -78,16 +78,16 @@ def test_a_head_that_comes_byte_by_byte_is_read(
     [
         b"hello\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
-        b"GET http://other.test HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1_0\r\n\r\n0123456789",
-        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length : 3\r\n\r\nabc",
-        b"GET / HTTP/1.1\r\nHost: x\r\n Folded: 1\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\n\r\n",
-        b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET http://other.test HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        b"POST / HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1_0\r\n\r\n0123456789",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length : 3\r\n\r\nabc",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n Folded: 1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\x00b\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
     ],
 )
 def test_a_request_that_can_be_read_in_two_ways_is_refused(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
@@ -48,7 +47,7 @@ from relay.ingest.upstream import Answer, Headers, Inflater, Upstream, UpstreamR
 from relay.ingest.writer import RunWriter
 from relay.journal.base import Journal, Opened, RunInfo, RunOpening
 from relay.lifecycle import Ending, Reason, Status, ending
-from relay.limits import METADATA_MAX_BYTES, check_run_name, check_stream_name
+from relay.limits import METADATA_MAX_BYTES, check_run_name, check_stream_name, is_stream_name
 from relay.ndjson import NDJSON
 from relay.settings import Settings
 from relay.sse import EVENT_STREAM
@@ -65,11 +64,11 @@ _NOT_OF_A_STREAM = (
     b"content-length", b"content-encoding", b"etag", b"digest", b"content-digest", b"repr-digest",
     b"content-md5", b"accept-ranges", b"last-modified", b"age", b"expires", b"cache-control",
     b"x-accel-buffering", b"relay-stream", b"relay-run", b"relay-cursor", b"relay-metadata",
-    b"relay-frames-after", b"relay-dialect",
+    b"relay-frames-after", b"relay-dialect", b"relay-token",
 )  # fmt: skip
 
 # What a request tells relay about its run, and not upstream.
-_FOR_RELAY = (b"relay-supersedes", b"relay-if-busy", b"relay-dialect")
+_FOR_RELAY = (b"relay-authorization", b"relay-supersedes", b"relay-if-busy", b"relay-dialect")
 
 IF_BUSY = ("allow", "reject", "supersede")
 
@@ -96,6 +95,20 @@ class ClientGone(Exception):
     """The client left before its request was complete."""
 
 
+class Caller(Protocol):
+    """Who sends a request."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+
+    async def may_name(self, stream: str) -> bool:
+        """Whether the caller may say itself which stream the answer goes to."""
+
+    async def check_named(self, stream: str) -> None:
+        """Raises what a caller is told whose answer may not go to the stream that its request is about."""
+
+
 @dataclass(slots=True)
 class Call:
     """A request for upstream. `target` is its raw path and query; header names are in lower case."""
@@ -105,8 +118,7 @@ class Call:
     target: str
     headers: Headers
     body: AsyncIterator[bytes] | None
-    client_host: str
-    client_gone: Callable[[], bool]
+    caller: Caller
 
     def header(self, name: str) -> str:
         """A header's first value, or ""."""
@@ -116,16 +128,6 @@ class Call:
         """A header's values, one for each time it was sent."""
         wanted = name.encode()
         return [value.decode("latin-1").strip() for key, value in self.headers if key == wanted]
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the caller may name streams: on loopback, and not forwarded for somebody else."""
-        if self.all_of("x-forwarded-for") or self.all_of("forwarded"):
-            return False
-        try:
-            return ipaddress.ip_address(self.client_host).is_loopback
-        except ValueError:
-            return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +354,7 @@ class Proxy:
         body: AsyncIterator[bytes] | bytes | None = call.body
         if key:
             body = await self._whole_body(call.body, "for an Idempotency-Key")
-            name = self._name(call, body)
+            name = await self._name(call, body)
             begin = partial(self._open, call, body, name, wishes)
             joined = await self._join(call, body, name, key, begin)
             if isinstance(joined, tuple):
@@ -360,16 +362,16 @@ class Proxy:
             return joined
         if self._naming.needs_body and "json" in call.header("content-type"):
             begun, rest = await self._begin_body(call.body)
-            name = self._name(call, begun if rest is None else None)
+            name = await self._name(call, begun if rest is None else None)
             return await self._open(call, begun if rest is None else _joined(begun, rest), name, wishes)
-        return await self._open(call, body, self._name(call, None), wishes)
+        return await self._open(call, body, await self._name(call, None), wishes)
 
     async def _open_async(
         self, call: Call, preferences: Sequence[str], wishes: RunWishes, key: str
     ) -> Opening:
         """Open the run first; upstream is called behind the answer."""
         body = await self._whole_body(call.body, "for a request that is answered before it is sent")
-        name = self._name(call, body)
+        name = await self._name(call, body)
         headers = _request_headers(call, b"prefer")
         headers += [(b"prefer", preference.encode("latin-1")) for preference in preferences]
         request = UpstreamRequest(call.method, call.target, headers, body)
@@ -382,14 +384,17 @@ class Proxy:
         info = await self._known(*joined)
         return StartedRun(joined[0], info.run, info.start)
 
-    def _name(self, call: Call, body: bytes | None) -> str:
+    async def _name(self, call: Call, body: bytes | None) -> str:
         """The stream's name as the request tells it. Raises `InvalidName` for one the caller gave itself;
         what a setting finds is checked when the answer turns out to be a stream, and only then."""
         parsed = parse_json(body) if self._naming.needs_body and body is not None else None
         name = self._naming.find(call.target.partition("?")[0], call.header, parsed)
-        if not name and call.trusted and call.header("relay-stream"):
-            name = check_stream_name(call.header("relay-stream"))
-        return name
+        if name:
+            if is_stream_name(name):
+                await call.caller.check_named(name)
+            return name
+        given = call.header("relay-stream")
+        return check_stream_name(given) if given and await call.caller.may_name(given) else ""
 
     async def _open(
         self, call: Call, body: AsyncIterator[bytes] | bytes | None, stream: str, wishes: RunWishes
@@ -698,7 +703,7 @@ class Proxy:
         while not info.answer:
             if info.ended_ms:
                 raise _unanswered(stream, info)
-            if call.client_gone():
+            if call.caller.is_gone:
                 raise ClientGone
             if self._shut:
                 raise Busy(_SHUTTING_DOWN)
@@ -719,7 +724,8 @@ class Proxy:
         A key whose run the journal does not keep any more is 410 for the rest of its time. Calling upstream
         again would do twice what the key promises to do once; a new key asks for that."""
         scope = (
-            call.method, call.target, stream, call.all_of("authorization"), call.all_of("cookie"), key,
+            call.method, call.target, stream, call.all_of("authorization"), call.all_of("cookie"),
+            call.all_of("relay-authorization"), key,
         )  # fmt: skip
         claimed = hashlib.sha256(orjson.dumps(scope)).hexdigest()
         digest = hashlib.sha256(body or b"").hexdigest()
@@ -781,7 +787,7 @@ class Proxy:
                 return claim.stream, claim.run
             if claim.state == "mismatch":
                 raise KeyReused("This Idempotency-Key was sent before with another body.")
-            if call.client_gone():
+            if call.caller.is_gone:
                 raise ClientGone
             if self._shut:
                 raise Busy(_SHUTTING_DOWN)

@@ -9,9 +9,10 @@ else than that wakes it.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from enum import StrEnum
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from relay.cursor import Cursor, Standing, judge
 from relay.errors import CursorGone, JournalError, ResumeUnknown, UnknownRun, UnknownStream
@@ -42,13 +43,20 @@ class ReaderEnd(StrEnum):
     ERROR = "error"
 
 
+class Lease(NamedTuple):
+    """How long a reader may go on, on the loop's clock, and how it ends then."""
+
+    until: float
+    end: ReaderEnd
+
+
 class Reader:
     """One subscribed client. A cursor, not a queue: it holds nothing but the write that is under way.
 
     `position` is the last id it has; `resumed` says whether the client presented it; `page` is what the
     journal said of it, None for a position that relay itself has just established. `ended_at` is the seq of
     the terminal frame of a run that has ended already.
-    `rotate_at` is when it is sent to reconnect, on the loop's clock; None for one that cannot come back.
+    `lease` is None for one that cannot come back. `client` is the address of who reads.
     """
 
     def __init__(
@@ -61,9 +69,11 @@ class Reader:
         *,
         resumed: bool = False,
         ended_at: int | None = None,
-        rotate_at: float | None = None,
+        lease: Lease | None = None,
+        client: str = "",
     ) -> None:
-        self.rotate_at = rotate_at
+        self.lease = lease
+        self.client = client
         self.stream = stream
         self.view = view
         self.cohort: Cohort | None = None
@@ -355,6 +365,9 @@ class Readers:
         self._heartbeat_s = heartbeat_s
         self._write_timeout_s = write_timeout_s
         self._open: dict[Reader, Callable[[], None]] = {}
+        self.of_stream: Counter[str] = Counter()
+        self.of_client: Counter[str] = Counter()
+        """How many readers each has; none that has none."""
         self._callers: set[Callable[[], None]] = set()
 
     def __len__(self) -> int:
@@ -366,10 +379,16 @@ class Readers:
     def add(self, reader: Reader, abort: Callable[[], None]) -> None:
         """Look after a reader; `abort` breaks its connection at once."""
         self._open[reader] = abort
+        self.of_stream[reader.stream] += 1
+        self.of_client[reader.client] += 1
 
     def discard(self, reader: Reader) -> None:
         """The reader has ended."""
-        self._open.pop(reader, None)
+        if self._open.pop(reader, None) is not None:
+            for counts, key in ((self.of_stream, reader.stream), (self.of_client, reader.client)):
+                counts[key] -= 1
+                if not counts[key]:
+                    del counts[key]
 
     def expect(self, give_up: Callable[[], None]) -> None:
         """Count a client that waits for its stream to be created; `give_up` ends the wait."""
@@ -388,8 +407,8 @@ class Readers:
                     abort = self._open[reader]
                     reader.leave(ReaderEnd.SLOW)
                     abort()
-            elif reader.rotate_at is not None and now >= reader.rotate_at:
-                reader.leave(ReaderEnd.ROTATE)
+            elif reader.lease is not None and now >= reader.lease.until:
+                reader.leave(reader.lease.end)
             elif now - reader.written_at >= self._heartbeat_s:
                 reader.heartbeat_due = True
                 reader.wake()
@@ -397,7 +416,7 @@ class Readers:
     def drain(self) -> None:
         """Send away everyone who can come back to another instance."""
         for reader in self._open:
-            if reader.rotate_at is not None:
+            if reader.lease is not None:
                 reader.leave(ReaderEnd.DRAIN)
         for give_up in self._callers:
             give_up()

@@ -21,13 +21,13 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
+Head = list[tuple[bytes, bytes]]
 
 CONNECTION = "relay.connection"
 """The ASGI extension that is a reader's sink, past ASGI's own `send`, which costs a coroutine and copies for
 each write to each reader; it also tells a response of a lost client, and breaks its connection at once."""
 
-STREAMING_HEADERS: Headers = [
+STREAMING_HEADERS: Head = [
     (b"cache-control", b"no-cache, no-store, no-transform"),
     (b"x-accel-buffering", b"no"),
     (b"vary", b"Last-Event-ID, Accept-Encoding"),
@@ -46,7 +46,7 @@ class StreamAnswer:
 
     reader: Reader
     status: int
-    headers: Headers
+    headers: Head
     prime: bytes = b""
     whole: Callable[[Reader], Awaitable[bool]] | None = None
     released: Callable[[], None] | None = None
@@ -109,7 +109,7 @@ def _is_local(client: tuple[str, int] | None) -> bool:
     return (mapped or address).is_loopback
 
 
-async def send_whole(status: int, headers: Headers, body: bytes, send: Send) -> None:
+async def send_whole(status: int, headers: Head, body: bytes, send: Send) -> None:
     """A response in one piece."""
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -134,6 +134,8 @@ async def send_problem(error: RelayError, send: Send) -> None:
     if isinstance(error, RunEnded):
         # SDKs of the Stainless kind repeat a request at any 409, and would begin anew what was stopped.
         headers.append((b"x-should-retry", b"false"))
-    if error.status == 503:
+    if error.status == 401:
+        headers.append((b"www-authenticate", b'Bearer realm="relay"'))
+    if error.status in (429, 503):
         headers.append((b"retry-after", b"1"))
     await send_whole(error.status, headers, body, send)

@@ -104,7 +104,8 @@ class Tab:
 
 def first_bytes(relay: RelayProcess, path: str, end: bytes) -> bytes:
     """The bytes of an answer to a browser's EventSource, through the first `end`."""
-    head = f"GET {path} HTTP/1.1\r\nHost: probe\r\nAccept: text/event-stream\r\nSec-Fetch-Dest: empty\r\n\r\n"
+    lines = ("Host: localhost", "Accept: text/event-stream", "Sec-Fetch-Dest: empty", "", "")
+    head = "\r\n".join((f"GET {path} HTTP/1.1", *lines))
     data = b""
     with socket.create_connection(("127.0.0.1", relay.port), timeout=60) as connection:
         connection.sendall(head.encode())

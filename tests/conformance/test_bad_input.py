@@ -235,7 +235,7 @@ def test_a_client_may_leave_at_every_byte_of_its_request(
         await exchange.stream([b"data: one\n\n"])
 
     upstream.on(f"/{name}", handler)
-    head = f"POST /{name} HTTP/1.1\r\nHost: x\r\nRelay-Stream: {name}\r\nContent-Length: 60\r\n\r\n"
+    head = f"POST /{name} HTTP/1.1\r\nHost: localhost\r\nRelay-Stream: {name}\r\nContent-Length: 60\r\n\r\n"
     logged = len(relay.log)
     with RawClient(relay.port) as client:
         client.send((head.encode() + b"x" * 60)[:cut])
@@ -247,7 +247,7 @@ def test_a_client_may_leave_at_every_byte_of_its_request(
 def test_a_producer_may_leave_at_every_byte_of_a_whole_run(relay: RelayProcess, name: str, cut: int) -> None:
     """What came whole is journaled and nothing else is; only a body that is complete completes its run."""
     path = f"/relay/v1/streams/{name}/runs?end=completed"
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
     head += "Content-Type: application/x-ndjson\r\n\r\n"
     lines = [b'{"data":"%d"}\n' % n for n in range(6)]
     request = head.encode() + b"".join(b"%x\r\n%b\r\n" % (len(line), line) for line in lines) + b"0\r\n\r\n"

@@ -75,7 +75,7 @@ def stalled_reader(relay: RelayProcess, target: str) -> socket.socket:
     stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     stalled.settimeout(DEADLINE_S)
     stalled.connect(("127.0.0.1", relay.port))
-    stalled.sendall(f"GET {target} HTTP/1.1\r\nHost: relay\r\n\r\n".encode())
+    stalled.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     return stalled
 
 

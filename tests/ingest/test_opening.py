@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from anybody import ANYBODY
 from audience import Audience
 from deaf_follower import DeafFollower
 from scripted_upstream import Exchange, ScriptedUpstream
@@ -127,7 +128,7 @@ async def _proxied(journal: SqliteJournal, settings: Settings) -> AsyncIterator[
 
 def _call(name: str, *headers: tuple[bytes, bytes]) -> Call:
     sent = [(b"host", b"relay"), *headers]
-    return Call("GET", f"/{name}", f"/{name}", sent, None, "127.0.0.1", lambda: False)
+    return Call("GET", f"/{name}", f"/{name}", sent, None, ANYBODY)
 
 
 async def _endings(journal: SqliteJournal) -> list[tuple[Status, str]]:

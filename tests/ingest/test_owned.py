@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anybody import ANYBODY
 from audience import Audience
 from deaf_follower import DeafFollower
 from redis_server import RedisServer
@@ -126,7 +127,7 @@ class Served:
         """A run in stream `s`; when `heard`, one frame of it is journaled."""
         sent = [(b"host", b"relay"), (b"relay-stream", b"s"), *headers]
         path = f"/{self.name}"
-        call = Call("GET", path, path, sent, None, "127.0.0.1", lambda: False)
+        call = Call("GET", path, path, sent, None, ANYBODY)
         answer = await self.proxy.open(call)
         assert isinstance(answer, RunAnswer)
         assert answer.pump is not None

@@ -16,7 +16,7 @@ from relay.errors import JournalUnavailable, ResumeUnknown, UnknownRun, UnknownS
 from relay.frame import Frame
 from relay.journal.base import Page
 from relay.replay.pages import SharedPage
-from relay.replay.reader import LossUntold, Reader, ReaderEnd, Readers, find
+from relay.replay.reader import Lease, LossUntold, Reader, ReaderEnd, Readers, find
 from relay.replay.tail import WRITE_MAX_BYTES
 from relay.replay.view import EventsView, View
 
@@ -45,7 +45,12 @@ class Client:
     async def __aenter__(self) -> Client:
         page = SharedPage._make(await self.stage.journal.real.read("s", self.after, 1000, WRITE_MAX_BYTES))
         self.reader = Reader(
-            self.stage.tails, "s", self.view, self.after, page, rotate_at=self.stage.tails.now() + 3600
+            self.stage.tails,
+            "s",
+            self.view,
+            self.after,
+            page,
+            lease=Lease(self.stage.tails.now() + 3600, ReaderEnd.ROTATE),
         )
         self.task = asyncio.create_task(self.reader.run(self))
         return self

@@ -1,0 +1,406 @@
+"""What stands before every request: its Host, the site it comes from, how often its client asks, and, on
+relay's own routes, whether who sends it may do this.
+
+Credentials are taken from `Relay-Authorization`; on relay's own routes from `Authorization` too; from the
+cookie that `POST /relay/v1/session` sets; and, to read only, from `?token=`. The first of them that is there
+counts. On proxied paths `Authorization` is upstream's.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from urllib.parse import parse_qsl, urlsplit
+
+from relay.errors import (
+    CallerError,
+    CrossOrigin,
+    Forbidden,
+    HostNotAllowed,
+    StartupError,
+    TooManyRequests,
+    Unauthorized,
+    UnknownStream,
+)
+from relay.replay.response import Head, Scope
+from relay.security import EVERYTHING, ForwardAuth, Grant, Keyring, Question, Right
+from relay.settings import Settings
+
+COOKIE = "relay_token"
+
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+BURST_S = 10.0
+"""A client that was quiet may make the requests of so long at once."""
+
+CLIENTS_MAX = 50_000
+"""Clients whose requests are counted; the one that was quiet for longest is forgotten first."""
+
+PREFLIGHT_S = 600
+"""How long a browser may keep the answer to a preflight."""
+
+EXPOSED = (
+    "Relay-Stream", "Relay-Run", "Relay-Cursor", "Relay-Frames-After", "Relay-Token", "Relay-Journal",
+    "Retry-After",
+)  # fmt: skip
+"""Head of relay's that a page of another origin may read."""
+
+_ASKED = (
+    "Authorization", "Relay-Authorization", "Content-Type", "Last-Event-ID", "Idempotency-Key", "Prefer",
+    "Relay-Writer", "Relay-Seq", "Relay-Supersedes", "Relay-If-Busy", "Relay-Stream", "Relay-Dialect",
+)  # fmt: skip
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?", re.ASCII)
+
+_LOCAL_NAMES = ("localhost", "*.localhost")
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Presented(NamedTuple):
+    """A credential and where it stood: `header`, `cookie` or `url`."""
+
+    value: str
+    place: str
+
+
+class Heads:
+    """The headers of a request, as text, by name in lower case."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._headers: Head = scope["headers"]
+
+    def all_of(self, name: bytes) -> list[str]:
+        """A header's values, one for each time it was sent."""
+        return [value.decode("latin-1").strip() for key, value in self._headers if key == name]
+
+    def __getitem__(self, name: bytes) -> str:
+        """A header's first value, or ""."""
+        return next(iter(self.all_of(name)), "")
+
+
+class Access:
+    """The rules of one relay. `now` is a clock that does not jump."""
+
+    def __init__(self, settings: Settings, now: Callable[[], float] = time.monotonic) -> None:
+        self._keyring = Keyring(settings)
+        self._forward = ForwardAuth(settings) if settings.auth_url else None
+        self._origins = tuple(_origin(text) for text in settings.cors_origin)
+        self._hosts = tuple(host.lower() for host in settings.allowed_host)
+        if not self._hosts and not self.is_required and is_loopback(settings.host):
+            # A page whose name its owner has lead to this machine would be let in for the address it has.
+            self._hosts = _LOCAL_NAMES
+        self._proxies = [_network(text) for text in settings.trusted_proxy]
+        self._rate = Rate(settings.client_requests_per_s, now) if settings.client_requests_per_s else None
+
+    @property
+    def is_required(self) -> bool:
+        """Whether there is authentication at all."""
+        return bool(self._keyring) or self._forward is not None
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        await self._keyring.close()
+        if self._forward is not None:
+            await self._forward.close()
+
+    # Before anything else
+
+    def admit(self, scope: Scope) -> None:
+        """Raises `HostNotAllowed` for a request that is meant for another host, `TooManyRequests`."""
+        self._check_host(Heads(scope).all_of(b"host"))
+        if self._rate is not None:
+            self._rate.take(self.client(scope))
+
+    def _check_host(self, given: list[str]) -> None:
+        if not self._hosts or not given:
+            return  # a browser always says it, since HTTP/1.1
+        found = _HOST.fullmatch(given[0]) if len(given) == 1 else None
+        name = found[1].lower() if found else ""
+        if not name or not (_is_address(name) or any(_covers(host, name) for host in self._hosts)):
+            raise HostNotAllowed(
+                "Requests for this host are not served here; --allowed-host names those that are."
+            )
+
+    def client(self, scope: Scope) -> str:
+        """The address of who asks; behind a trusted proxy the one that the proxy tells."""
+        client = scope.get("client")
+        address = client[0] if client else ""
+        forwarded = ",".join(Heads(scope).all_of(b"x-forwarded-for")) if self._proxies else ""
+        for hop in reversed([hop.strip() for hop in forwarded.split(",") if hop.strip()]):
+            if not _is_in(address, self._proxies):
+                break
+            address = hop
+        return address
+
+    # Rights
+
+    async def grant(self, scope: Scope, right: Right, stream: str = "") -> Grant:
+        """What allows this request to do something, to a stream unless it is for the administrator.
+
+        A stream that the credential does not concern answers as one that does not exist. Raises
+        `Unauthorized`, `Forbidden`, `UnknownStream`, `CrossOrigin`, `AuthUnavailable`."""
+        heads = Heads(scope)
+        presented = _presented(scope, heads)
+        if presented is None or presented.place == "cookie":
+            self._check_origin(scope, heads, has_cookie=bool(heads[b"cookie"]) and self.is_required)
+        if not self.is_required:
+            return EVERYTHING
+        grant = await self._granted(scope, heads, presented, right, stream)
+        if stream and not grant.covers(stream):
+            if right is Right.WRITE:
+                raise Forbidden("The credential is not for this stream.")
+            raise UnknownStream(f"There is no stream {stream!r}.")
+        if right not in grant.rights:
+            raise Forbidden(f"The credential does not allow this: it needs {right.value!r}.")
+        return grant
+
+    async def _granted(
+        self, scope: Scope, heads: Heads, presented: Presented | None, right: Right, stream: str
+    ) -> Grant:
+        refused = Unauthorized("This needs a credential.")
+        if presented is not None and self._keyring:
+            try:
+                grant = await self._keyring.grant(presented.value)
+                return self._keyring.for_url(grant) if presented.place == "url" else grant
+            except Unauthorized as error:
+                if heads[b"relay-authorization"] or presented.place == "url":
+                    raise
+                refused = error  # it may be the application's own
+        if self._forward is None or not stream:
+            raise refused
+        query: bytes = scope["query_string"]
+        question = Question(
+            authorization=heads[b"authorization"],
+            cookie=without_cookie("; ".join(heads.all_of(b"cookie"))),
+            method=scope["method"],
+            target=scope["raw_path"].decode("latin-1") + ("?" + query.decode("latin-1") if query else ""),
+            host=heads[b"host"],
+            client=self.client(scope),
+            right=right,
+            stream=stream,
+        )
+        try:
+            return await self._forward.grant(question)
+        except Forbidden:
+            if right is Right.WRITE:
+                raise
+            raise UnknownStream(f"There is no stream {stream!r}.") from None
+
+    async def may_name(self, scope: Scope, stream: str) -> bool:
+        """Whether who sends a request to upstream may say itself which stream the answer goes to: with the
+        right to write; without authentication, from this machine, and not for somebody else."""
+        if not self.is_required:
+            heads, client = Heads(scope), scope.get("client")
+            forwarded = heads[b"x-forwarded-for"] or heads[b"forwarded"]
+            return not forwarded and client is not None and is_loopback(client[0])
+        try:
+            await self.grant(scope, Right.WRITE, stream)
+        except CallerError:
+            return False
+        return True
+
+    async def check_named(self, scope: Scope, stream: str) -> None:
+        """Have the application agree that a request which it is going to answer names this stream. Raises
+        `Unauthorized`, `Forbidden`, `AuthUnavailable`."""
+        if self._forward is not None:
+            await self.grant(scope, Right.WRITE, stream)
+
+    def token_for(self, stream: str) -> str:
+        """A token for who was just given an answer of a stream, or ""."""
+        return self._keyring.token_for(stream)
+
+    async def exchange(self, scope: Scope) -> Head:
+        """The head of the answer that makes a cookie of a token. Raises `Unauthorized`, `AuthUnavailable`."""
+        presented = _in_header(Heads(scope))
+        if presented is None:
+            raise Unauthorized("Send a token in Authorization to have it in a cookie.")
+        grant = await self._keyring.grant(presented)
+        if grant.expires_at is None:
+            raise Unauthorized("A key is not made a cookie of; use a token.")
+        return [(b"set-cookie", _cookie(scope, presented, max(0, int(grant.expires_at - time.time()))))]
+
+    @staticmethod
+    def forget(scope: Scope) -> Head:
+        """The head of the answer that takes the cookie back."""
+        return [(b"set-cookie", _cookie(scope, "", 0))]
+
+    # Sites
+
+    def _check_origin(self, scope: Scope, heads: Heads, has_cookie: bool) -> None:
+        """Refuse what a page of another site has a browser do, who may reach what the page may not, or whose
+        cookies go along. Raises `CrossOrigin`."""
+        if scope["method"] in SAFE_METHODS:
+            return
+        site, origin = heads[b"sec-fetch-site"], heads[b"origin"]
+        if origin and self.allows_origin(origin):
+            return
+        if site:
+            is_own = site in ("same-origin", "none")
+        elif origin:
+            is_own = urlsplit(origin).netloc.lower() == heads[b"host"].lower()
+        else:
+            is_own = not has_cookie  # no browser
+        if not is_own:
+            raise CrossOrigin("A page of another origin may not do this; --cors-origin names those that may.")
+
+    def allows_origin(self, origin: str) -> bool:
+        """Whether pages of an origin may use relay's own routes."""
+        return origin in self._origins or "*" in self._origins
+
+    def cors(self, scope: Scope) -> Head:
+        """The headers that let a page of an allowed origin see the answer."""
+        origin = Heads(scope)[b"origin"]
+        if not origin or not self.allows_origin(origin):
+            return [(b"vary", b"Origin")] if self._origins else []
+        headers = [(b"access-control-expose-headers", ", ".join(EXPOSED).encode()), (b"vary", b"Origin")]
+        if origin in self._origins:
+            headers.append((b"access-control-allow-credentials", b"true"))
+        else:
+            origin = "*"  # whoever it is: without cookies
+        return [(b"access-control-allow-origin", origin.encode("latin-1")), *headers]
+
+    def is_preflight(self, scope: Scope) -> bool:
+        """Whether a browser asks if a page may send a request to relay's own routes (Fetch, 3.3.2)."""
+        heads = Heads(scope)
+        asked = heads[b"access-control-request-method"] and heads[b"origin"]
+        return scope["method"] == "OPTIONS" and bool(asked)
+
+    def preflight(self, scope: Scope) -> Head:
+        """The head of the answer to a preflight, beside `cors`. Raises `CrossOrigin`."""
+        if not self.allows_origin(Heads(scope)[b"origin"]):
+            raise CrossOrigin("Pages of this origin may not; --cors-origin names those that may.")
+        return [
+            (b"access-control-allow-methods", b"GET, POST, PUT, DELETE"),
+            (b"access-control-allow-headers", ", ".join(_ASKED).encode()),
+            (b"access-control-max-age", b"%d" % PREFLIGHT_S),
+        ]
+
+
+class Rate:
+    """How often each client asks: so often a second on average, and ten seconds' worth at once."""
+
+    def __init__(self, per_s: float, now: Callable[[], float]) -> None:
+        self._per_s = per_s
+        self._now = now
+        self._full_at: OrderedDict[str, float] = OrderedDict()
+
+    def take(self, client: str) -> None:
+        """Count a request. Raises `TooManyRequests`."""
+        now = self._now()
+        # When this client's bucket is full again; one request delays that by its share of a second.
+        full_at = max(now, self._full_at.get(client, now)) + 1 / self._per_s
+        if full_at - now > max(BURST_S, 1 / self._per_s):
+            raise TooManyRequests("This client asks too often.")
+        self._full_at[client] = full_at
+        self._full_at.move_to_end(client)
+        if len(self._full_at) > CLIENTS_MAX:
+            self._full_at.popitem(last=False)
+
+
+def without_own_cookie(headers: Head) -> Head:
+    """A request's headers as upstream may see them: without relay's cookie."""
+    own = COOKIE.encode()
+    if not any(name == b"cookie" and own in value for name, value in headers):
+        return headers
+    kept = []
+    for name, value in headers:
+        if name == b"cookie":
+            value = without_cookie(value.decode("latin-1")).encode("latin-1")
+            if not value:
+                continue
+        kept.append((name, value))
+    return kept
+
+
+def without_cookie(cookies: str) -> str:
+    """A Cookie header's value without relay's cookie, which upstream never sees."""
+    if COOKIE not in cookies:
+        return cookies
+    return "; ".join(part for part in _parts(cookies) if part.partition("=")[0].strip() != COOKIE)
+
+
+def _parts(cookies: str) -> Iterator[str]:
+    return (part.strip() for part in cookies.split(";") if part.strip())
+
+
+def _presented(scope: Scope, heads: Heads) -> Presented | None:
+    own = _bearer(heads[b"relay-authorization"])
+    if heads[b"relay-authorization"]:
+        return Presented(own, "header")
+    is_ours = scope["path"].startswith("/relay/")
+    value = _in_header(heads) if is_ours else None
+    if value is not None:
+        return Presented(value, "header")
+    for cookies in heads.all_of(b"cookie"):
+        for part in _parts(cookies):
+            name, _, value = part.partition("=")
+            if name.strip() == COOKIE:
+                return Presented(value.strip(), "cookie")
+    if b"token=" in scope["query_string"]:
+        for name, value in parse_qsl(scope["query_string"].decode("latin-1")):
+            if name == "token":
+                return Presented(value, "url")
+    return None
+
+
+def _in_header(heads: Heads) -> str | None:
+    """The credential in `Authorization`, if it is of the scheme that ours are of."""
+    authorization = heads[b"relay-authorization"] or heads[b"authorization"]
+    return _bearer(authorization) if authorization[:7].lower() == "bearer " else None
+
+
+def _bearer(authorization: str) -> str:
+    scheme, _, credential = authorization.partition(" ")
+    return credential.strip() if scheme.lower() == "bearer" else ""
+
+
+def _cookie(scope: Scope, token: str, life_s: int) -> bytes:
+    """`Set-Cookie` for a token that was verified, so holds no character that cookies may not."""
+    found = _HOST.fullmatch(Heads(scope)[b"host"])
+    # A browser keeps a Secure cookie of its own machine too, but not every one does without TLS.
+    secure = "" if found and is_loopback(found[1]) else "; Secure"
+    return f"{COOKIE}={token}; Path=/; Max-Age={life_s}; HttpOnly; SameSite=Strict{secure}".encode("latin-1")
+
+
+def _origin(text: str) -> str:
+    parts = urlsplit(text)
+    if text != "*" and (not parts.scheme or not parts.netloc or text != f"{parts.scheme}://{parts.netloc}"):
+        raise StartupError(f"--cors-origin {text!r}: write an origin, such as https://app.example, or *.")
+    return text
+
+
+def _network(text: str) -> Network:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError as error:
+        raise StartupError(f"--trusted-proxy {text!r}: {error}") from None
+
+
+def _is_in(address: str, networks: list[Network]) -> bool:
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(found in network for network in networks)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, as a name or an address, is this machine."""
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)
+
+
+def _covers(pattern: str, name: str) -> bool:
+    return name.endswith(pattern[1:]) if pattern.startswith("*.") else name == pattern
