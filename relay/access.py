@@ -196,7 +196,7 @@ class Access:
         right to write; without authentication, from this machine, and not for somebody else."""
         if not self.is_required:
             heads, client = Heads(scope), scope.get("client")
-            forwarded = heads[b"x-forwarded-for"] or heads[b"forwarded"]
+            forwarded = heads.all_of(b"x-forwarded-for") or heads.all_of(b"forwarded")
             return not forwarded and client is not None and is_loopback(client[0])
         try:
             await self.grant(scope, Right.WRITE, stream)

@@ -101,6 +101,7 @@ def demo(port: int, journal: str) -> None:
 @cli.command()
 @click.argument("stream")
 @_URL
+@_TOKEN
 @click.option("--after", default="start", show_default=True, help="A cursor, 'start' or 'tail'.")
 @click.option("--run", default=None, help="One run only: its name, 'current' or 'latest'.")
 @click.option("--wait", default=0.0, help="Seconds to wait for a stream that does not exist yet.")

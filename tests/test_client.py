@@ -264,10 +264,10 @@ def test_what_cannot_be_read_is_said_by_code(
     with pytest.raises(Refused) as other:
         go(read(upstream.url, name))
     assert (other.value.code, other.value.status) == ("not_relay", 404)
-    problem = b'{"title": "No", "status": 403, "code": "forbidden", "detail": "Not you.", "who": "you"}'
+    problem = b'{"title": "No", "status": 403, "code": "not_known_here", "detail": "Not you.", "who": "you"}'
     with pytest.raises(Refused, match=r"Not you\.") as refused:
         go(read(fake(upstream, name, ("403 Forbidden", problem)), name))
-    assert (refused.value.code, refused.value.status, refused.value.title) == ("forbidden", 403, "No")
+    assert (refused.value.code, refused.value.status, refused.value.title) == ("not_known_here", 403, "No")
     assert refused.value.extra == {"who": "you"}
 
 
