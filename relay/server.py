@@ -296,7 +296,7 @@ class RelayProtocol(HttpToolsProtocol):
         """Part with a client that keeps us waiting: for the rest of a head, however slowly it comes; for more
         of a body; or until it takes more of an answer. Readers have a care of their own."""
         stage, longest_s = self._waits_for()
-        if stage is None:
+        if stage is None or self._refused:
             self._stuck = None
         elif self._stuck is None or self._stuck[0] != stage:
             self._stuck = stage, now
@@ -442,6 +442,7 @@ def server(
     config = uvicorn.Config(
         app,
         loop="uvloop",
+        interface="asgi3",
         http=Protocol,
         ws="none",
         lifespan="off",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
 from typing import Any, NamedTuple, Self
 
@@ -45,6 +46,10 @@ class RawClient:
         if body:
             lines.append(f"Content-Length: {len(body)}")
         self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+
+    def has_answer(self, longest_s: float) -> bool:
+        """Whether something has come, or the connection has ended; waits for so long at most."""
+        return bool(select.select([self._socket], [], [], longest_s)[0])
 
     def answer(self, method: str = "GET") -> RawAnswer:
         """Read one answer, as far as it comes. Fails at an end before its head is complete."""
