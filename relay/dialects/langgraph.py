@@ -21,8 +21,8 @@ from relay.lifecycle import Ending, Reason
 _OF_THE_MODEL = ("ai", "AIMessageChunk", "AIMessage")
 
 _CANCELLED = ("UserInterrupt", "UserRollback")
-"""Errors of a run that its caller cancelled, with and without keeping what it did. Older servers sent them (0.2);
-newer ones end such a run's stream without a word, as if it were done (0.16)."""
+"""Errors of a run that its caller cancelled, with and without keeping what it did. Older servers sent them
+(0.2); newer ones end such a run's stream without a word, as if it were done (0.16)."""
 
 
 def is_metadata(event: Event) -> bool:
