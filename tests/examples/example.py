@@ -22,7 +22,7 @@ from relay_process import RelayProcess
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 DEADLINE_S = 60
 
-_SHELL_BLOCK = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class Example:
@@ -34,12 +34,16 @@ class Example:
         self.ports = dict(zip(ports, free_ports(len(ports)), strict=True))
         for file in filter(Path.is_file, self.directory.rglob("*")):
             file.write_text(re.sub(r"\b\d{4}\b", self._placed, file.read_text()))
-        blocks = _SHELL_BLOCK.findall((self.directory / "README.md").read_text())
-        lines = "".join(blocks).replace("\\\n", " ").splitlines()
-        self.commands = [line.strip() for line in lines if line.strip()]
+        lines = "".join(self.blocks("")).replace("\\\n", " ").splitlines()
+        self.commands = [line for line in lines if line]
 
     def _placed(self, number: re.Match[str]) -> str:
         return str(self.ports.get(int(number[0]), number[0]))
+
+    def blocks(self, language: str) -> list[str]:
+        """The README's blocks of code in a language; commands are in none."""
+        found = _BLOCK.findall((self.directory / "README.md").read_text())
+        return [text for named, text in found if named == language]
 
     def command(self, words: str) -> str:
         """The README's one command that holds these words."""
@@ -64,9 +68,28 @@ class Example:
         return outcome.stdout
 
     @contextlib.contextmanager
-    def server(self, words: str, port: int, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-        """The README's command with these words, until it listens and until it is stopped."""
-        command = shlex.split(self.command(words).removesuffix("&"))
+    def background(self, command: str) -> Iterator[subprocess.Popen[str]]:
+        """A command that goes on meanwhile, and what it prints."""
+        process = subprocess.Popen(
+            ["bash", "-c", "exec " + command.removesuffix("&")],
+            cwd=self.directory,
+            env=own_environment({}),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+    @contextlib.contextmanager
+    def server(
+        self, words: str, port: int, *more: str, **environment: str
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """The README's command with these words, and more arguments; once it listens, until it is stopped."""
+        command = [*shlex.split(self.command(words).removesuffix("&")), *more]
         while "=" in command[0]:
             name, _, value = command.pop(0).partition("=")
             environment.setdefault(name, value)
@@ -133,6 +156,11 @@ def await_listening(port: int, process: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(f"nobody listens on port {port}, exit code {process.poll()}")
+
+
+def whole_events(said: str) -> str:
+    """What curl printed of an answer, without an event that it had only a part of when it was cut."""
+    return said.rpartition("\n\n")[0] + "\n\n"
 
 
 def body_of(url: str) -> bytes:

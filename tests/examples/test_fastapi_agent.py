@@ -18,7 +18,7 @@ from reading import Block, Reading
 from relay_process import RelayProcess
 from run_record import whole_run
 
-from examples.example import Example, body_of, once
+from examples.example import Example, body_of, once, whole_events
 
 COUNTED = " ".join(str(number) for number in range(1, 51))
 SECRET = "whsec_" + base64.b64encode(secrets.token_bytes(24)).decode()
@@ -106,20 +106,22 @@ def test_what_relay_did_not_sign_is_not_kept(scene: Scene, name: str) -> None:
 def test_the_commands_of_the_readme_do_what_it_says(copy: Callable[..., Example]) -> None:
     example = copy("fastapi-agent", 8000, 8080)
     with (
-        example.server("uvicorn", 8000, RELAY_WEBHOOK_SECRET=SECRET, PACE_S="0.04"),
+        example.server("uvicorn", 8000, RELAY_WEBHOOK_SECRET=SECRET, PACE_S="0.02"),
         example.relay(webhook_secret=SECRET, port=example.ports[8080]) as relay,
     ):
-        begun = example.shell(example.command("curl -iN") + " || test $? = 28")
+        asking = example.command("curl -iN").replace("-m 1", "-m 60")
+        begun = whole_events(example.shell(f"{asking} | head -n 40"))
         assert "relay-stream: demo" in begun
         last = re.findall(r"^id: (\S+)$", begun, re.MULTILINE)[-1]
         rest = example.shell(example.command("Last-Event-ID").replace("ID: ID", f"ID: {last}"))
         words = re.findall(r"^data: (.*)$", begun + rest, re.MULTILINE)
         assert "".join(words) == answer_to("hello")
-        followed = example.shell(example.command("/events").replace("-m 5", "-m 0.5") + " || test $? = 28")
+        followed = example.shell(example.command("/events").replace("-m 5", "-m 2") + " || test $? = 28")
         assert followed.count("run.ended") == 1
-        asking = example.command("and then?")
-        stopping = example.command("sleep 1")
-        assert '"client_cancel"' in example.shell(f"{asking}\n{stopping}")
+        with example.background(example.command("and then?")):
+            once(lambda: relay.json("/relay/v1/streams/demo")["open_runs"])
+            stopping = example.command("sleep 1").removeprefix("sleep 1; ")
+            assert '"client_cancel"' in example.shell(stopping)
         once(lambda: json.loads(example.shell(example.command("/counts"))) == {"asked": 2, "left": 1})
         listing = [command for command in example.commands if command.endswith("/chat/demo")]
         once(lambda: len(json.loads(body_of(f"{relay.url}/chat/demo"))) == 2)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -81,52 +78,18 @@ def transcript(relay: RelayProcess, thread: str, run: str = "latest") -> Any:
     return relay.json(f"/relay/v1/streams/{thread}/runs/{run}/transcript")
 
 
-class Talk:
-    """The example's client in a process of its own."""
-
-    def __init__(self, example: Example, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "client.py", *arguments],
-            cwd=example.directory,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def take(self, count: int) -> str:
-        """The next characters that it prints."""
-        assert self.process.stdout is not None
-        return self.process.stdout.read(count)
-
-    def rest(self, given: str = "") -> str:
-        """What it prints to its end."""
-        said, _ = self.process.communicate(given, timeout=60)
-        assert self.process.returncode == 0, said
-        return said
-
-    def __enter__(self) -> Talk:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
-
-
 def test_a_client_that_leaves_goes_on_with_the_command_it_prints(scene: Scene) -> None:
-    with Talk(scene.example, "hello") as talk:
-        head = talk.take(len("thread ") + 36 + 1)
-        shown = talk.take(20)
-        talk.process.send_signal(signal.SIGINT)
-        shown += talk.rest()
-    shown, _, command = shown.partition("\n")
+    with scene.example.background(scene.example.command("client.py hello")) as leaving:
+        assert leaving.stdout is not None
+        _, thread = leaving.stdout.readline().split()
+        shown = leaving.stdout.read(20)
+        leaving.send_signal(signal.SIGINT)
+        shown += leaving.communicate(timeout=60)[0]
+        assert leaving.returncode == 0
+    shown, _, go_on = shown.partition("\n")
     assert shown != ANSWER
     assert ANSWER.startswith(shown)
-    words = command.removeprefix("Go on: python client.py ").split()
-    with Talk(scene.example, *words) as talk:
-        assert shown + talk.rest() == ANSWER + "\n"
-    thread = head.split()[1]
+    assert shown + scene.example.shell(go_on.removeprefix("Go on: ")) == ANSWER + "\n"
     assert len(scene.runs(thread)) == 1
     record = whole_run(scene.relay, thread)
     assert record.outcome == ("completed", "upstream_end")
@@ -178,8 +141,7 @@ def test_a_run_cancelled_at_the_server_only_ends(
 
 
 def test_a_graph_that_asks_a_human_waits_for_input_and_goes_on_with_the_answer(scene: Scene) -> None:
-    with Talk(scene.example, "write a mail") as talk:
-        said = talk.rest("yes\n")
+    said = scene.example.shell(f"echo yes | {scene.example.command('write a mail')}")
     found = re.fullmatch(r"thread (\S+)\n(.*)\nShall I send it as a mail\? Sent\.\n", said)
     assert found is not None, said
     assert found[2] == ANSWER
