@@ -1,5 +1,5 @@
-"""The AI SDK's own `useChat` in a real browser, of two majors: with its default transport, where relay has the
-routes that it calls and the page has no code of relay's; and with relay's transport."""
+"""The AI SDK's own `useChat` in a real browser, of two majors: with its default transport, where relay has
+the routes that it calls and the page has no code of relay's; and with relay's transport."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from scripted_upstream import Exchange, ScriptedUpstream
 from tcp_proxy import TcpProxy
 
 PAGE = Path(__file__).resolve().parent.parent / "js" / "use_chat_page.jsx"
+HTML = b"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>chat</title><link rel="icon" href="data:,"></head>
+<body><script type="module" src="page.js"></script></body></html>"""
 ALIASES = {"ai-7": [], "ai-6": ["--alias:ai=ai-6", "--alias:@ai-sdk/react=ai-sdk-react-3"]}
 DEADLINE_S = 120
 TEN_MINUTES_MS = 600_000
@@ -39,10 +42,6 @@ class Agent:
         self.left = threading.Event()
         self.before_last: Callable[[Exchange], Any] | None = None
         upstream.on("/api/chat", self._answer)
-        upstream.on("/chat", self._page)
-
-    async def _page(self, exchange: Exchange) -> None:
-        await exchange.answer("200 OK", b"")
 
     async def _answer(self, exchange: Exchange) -> None:
         self.asked.append(json.loads(exchange.received.body))
@@ -170,10 +169,7 @@ def agent(upstream: ScriptedUpstream, page_source: bytes) -> Agent:
     """The backend, which serves the page too."""
 
     async def page(exchange: Exchange) -> None:
-        head = b'<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">'
-        await exchange.answer(
-            "200 OK", head + b'<body><script type="module" src="page.js"></script>', "text/html"
-        )
+        await exchange.answer("200 OK", HTML, "text/html")
 
     async def script(exchange: Exchange) -> None:
         await exchange.answer("200 OK", page_source, "text/javascript")
@@ -238,7 +234,7 @@ def test_an_answer_survives_a_reload_is_followed_by_a_second_tab_and_stopped_in_
 
 
 def expect_nothing_more(tab: ChatTab, *texts: str) -> None:
-    """After a reload the tab shows these messages, hears that there is nothing to resume, and asks no more."""
+    """After a reload the tab shows these messages, hears that nothing is to be resumed, and asks no more."""
     tab.page.clock.install()
     with tab.page.expect_response(RESUMED) as answer:
         tab.reload()
@@ -261,10 +257,10 @@ def expect_nothing_more(tab: ChatTab, *texts: str) -> None:
 def test_what_a_cut_connection_missed_is_shown_once(
     chat_relay: RelayProcess, agent: Agent, context: BrowserContext, name: str, major: str, transport: str
 ) -> None:
-    """relay's transport comes back by itself. `useChat` with its own one is in error until the page is looked at
-    again."""
+    """relay's transport comes back by itself. `useChat` with its own one is in error until the page is looked
+    at again."""
     if (major, transport) == ("ai-6", "default"):
-        # Its `useChat` hides from its chat that the transport replays, and a text that was resumed follows itself.
+        # Its `useChat` hides from its chat that the transport replays, and the text would be shown twice.
         transport = "default-in-own-chat"
     with TcpProxy.running(chat_relay.port) as proxy:
         tab = ChatTab(context, f"{proxy.url}/page?chat={name}&transport={transport}")
