@@ -1,4 +1,4 @@
-"""A Next.js app behind relay, built and run: a reload, a second tab and Stop, as the example's README says."""
+"""A Next.js app behind relay, built and run: a reload, a second tab and Stop, as its README says."""
 
 from __future__ import annotations
 
