@@ -1,5 +1,5 @@
-// A chat whose answers come through relay. relay-stream.js hands over each frame of the conversation once, over
-// cuts, reloads and tabs; what is left to do for a page is here.
+// A chat whose answers come through relay. relay-stream.js hands over each frame of the conversation once,
+// over cuts, reloads and tabs; what is left to do for a page is here.
 
 import { ask, cancel, subscribe } from "/relay/static/relay-stream.js";
 import { Conversation } from "./demo-conversation.js";
@@ -18,7 +18,8 @@ const instruments = new Instruments();
 
 // The conversation's name is in the URL, so that another tab, or another person, opens the same one.
 const named = /^#[A-Za-z0-9._~:-]{1,200}$/.test(location.hash);
-const chat = named ? location.hash.slice(1) : `chat-${crypto.getRandomValues(new Uint32Array(1))[0].toString(36)}`;
+const [random] = crypto.getRandomValues(new Uint32Array(1));
+const chat = named ? location.hash.slice(1) : `chat-${random.toString(36)}`;
 history.replaceState(null, "", `#${chat}`);
 
 let subscription = null;
@@ -36,8 +37,8 @@ let asking = false;
 async function follow() {
   const created = await fetch(`/relay/v1/streams/${chat}`, { method: "PUT" }).catch(() => null);
   if (!created?.ok) return again("relay cannot be reached.");
-  if (offline) return;
-  subscription = subscribe(chat, { after: cursor ?? "start", envelope: true, onFrame, onControl, onState, onEnd });
+  const callbacks = { onFrame, onControl, onState, onEnd };
+  subscription = subscribe(chat, { after: cursor ?? "start", envelope: true, ...callbacks });
   show();
 }
 
@@ -62,13 +63,17 @@ function onControl(control) {
     ({ top, resumed } = control);
     instruments.position(id);
     const missed = seqOf(top) - seqOf(cursor ?? id);
-    if (away && resumed && missed > 0) back(`Back. ${missed} frames were written meanwhile. Here they are, each once.`);
-  } else if (type === "gap" || type === "reset") {
-    instruments.position(id, true);
-    back("Some older frames are no longer in the journal.");
-    if (type === "reset") conversation.clear(); // another life of the stream, from its beginning
+    if (away && resumed && missed > 0) {
+      back(`Back. ${missed} frames were written meanwhile. Here they are, each once.`);
+    }
+  } else if (type === "gap") {
+    lose(id, "Some older frames are no longer in the journal.");
+  } else if (type === "reset") {
+    lose(id, "The journal was begun anew. This is what it holds.");
+    conversation.clear();
   } else if (type === "run.started") {
     conversation.started(control);
+    if (!isReplayed(id)) say("The agent answers.");
   } else if (type === "run.superseded") {
     conversation.superseded(control);
   } else if (type === "run.ended") {
@@ -79,7 +84,17 @@ function onControl(control) {
   show();
 }
 
-const detailOf = ({ resumed, status, reason, run }) => (resumed ? "resumed" : (status ?? reason ?? run?.slice(0, 8)));
+/** What the log says of a control frame, beside its type. */
+function detailOf({ resumed: honoured, status, reason, run }) {
+  return honoured ? "resumed" : (status ?? reason ?? run?.slice(0, 8));
+}
+
+/** relay says that it cannot go on from the cursor, and from where it can. */
+function lose(id, sentence) {
+  cursor = id;
+  instruments.position(id, true);
+  back(sentence);
+}
 
 /** A frame of the journal, of the agent's or of relay's own. */
 function journaled({ id, type }) {
@@ -144,7 +159,7 @@ $("ask").addEventListener("submit", async (event) => {
 
 // Both are for all tabs, wherever the answer was asked for.
 $("regenerate").addEventListener("click", () => put(conversation.question, { "Relay-Supersedes": "latest" }));
-$("stop").addEventListener("click", () => cancel(chat).catch((error) => say(error.message)));
+$("stop").addEventListener("click", () => cancel(chat).catch((error) => say(error.message, "lost")));
 
 /** How often the agent was called in this chat, as it says itself. */
 async function countCalls() {

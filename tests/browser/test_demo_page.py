@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import BrowserContext, Locator, Page, expect
+from redis_server import RedisServer
 from relay_process import RelayProcess
 from tcp_proxy import TcpProxy
 
@@ -255,6 +256,48 @@ def test_a_page_outlives_relay_and_says_what_became_of_the_answer(
         button(chat, "Regenerate").click()
         expect_whole(chat, ANSWERS[1])
         assert demo.process.poll() is None
+
+
+def test_a_page_whose_journal_is_gone_shows_the_one_that_is_there(
+    demo: Demo, chat: Page, fresh_journal: Callable[[], str], redis_server: RedisServer
+) -> None:
+    journal = fresh_journal()
+    with RelayProcess.start(journal=journal, upstream=demo.agent) as relay:
+        asked(chat, relay.url)
+        button(chat, "Stop").click()
+        expect(answer(chat, "stopped")).to_have_count(1)
+    journal = fresh_journal() if journal.startswith("sqlite") else redis_server.url(db=1)
+    with RelayProcess.start(journal=journal, upstream=demo.agent, port=relay.port):
+        expect(chat.locator("#notice")).to_have_text(re.compile("The journal was begun anew"))
+        expect(chat.locator("#state")).to_have_text("live")
+        expect(chat.locator(".answer")).to_have_count(0)
+        chat.get_by_label("Your question").fill("Again?")
+        chat.get_by_label("Your question").press("Enter")
+        expect(answer(chat, "completed").locator(".text")).to_have_count(1)
+        assert answer(chat, "completed").locator(".text").text_content() == ANSWER
+
+
+def test_a_chat_that_was_deleted_has_ended(demo: Demo, chat: Page) -> None:
+    opened(chat, demo.url)
+    name = urlsplit(chat.url).fragment
+    assert chat.request.delete(f"{demo.url}/relay/v1/streams/{name}").ok
+    expect(chat.locator("#state")).to_have_text("ended")
+    expect(chat.locator("#notice")).to_have_text("This chat is no more. Begin a new one.")
+    expect(button(chat, "Ask")).to_be_disabled()
+
+
+def test_the_page_counts_by_the_numbers_that_it_is_handed(demo: Demo, chat: Page) -> None:
+    opened(chat, demo.url)
+    chat.evaluate(
+        """async () => {
+            const { Instruments } = await import("/demo-instruments.js");
+            const instruments = new Instruments();
+            for (const seq of [1, 2, 2, 3, 7, 8, 1]) instruments.frame(`${seq}-1`, true, false);
+        }"""
+    )
+    for name, number in {"frames": 7, "duplicates": 2, "gaps": 1}.items():
+        expect(chat.locator(f"#{name}")).to_have_text(str(number))
+    expect(chat.locator("#duplicates")).to_have_class("bad")
 
 
 def test_an_agent_that_is_down_is_told_in_the_chat(
