@@ -22,6 +22,9 @@ from relay_process import RelayProcess
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 DEADLINE_S = 60
 
+LEFT_BEHIND = ("__pycache__", ".*", "*.db*", "*.pem", "*.pid", "temporary", "node_modules")
+"""What an example leaves in its folder when it is tried."""
+
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -30,7 +33,7 @@ class Example:
 
     def __init__(self, name: str, directory: Path, *ports: int) -> None:
         self.directory = directory / name
-        shutil.copytree(EXAMPLES / name, self.directory, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copytree(EXAMPLES / name, self.directory, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
         self.ports = dict(zip(ports, free_ports(len(ports)), strict=True))
         for file in filter(Path.is_file, self.directory.rglob("*")):
             file.write_text(re.sub(r"\b\d{4}\b", self._placed, file.read_text()))
