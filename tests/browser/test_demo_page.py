@@ -361,18 +361,24 @@ def test_the_page_runs_no_script_that_stands_in_it(demo: Demo, page: Page) -> No
 def test_the_page_fits_its_window(demo: Demo, chat: Page, width: int, height: int) -> None:
     chat.set_viewport_size({"width": width, "height": height})
     opened(chat, demo.url)
-    for _ in range(2):  # with nothing said, and then with an answer that is being given
-        assert chat.evaluate("document.documentElement.scrollWidth") == width
-        assert chat.evaluate("document.documentElement.scrollHeight") == height
-        for name in ("Ask", "Stop", "Regenerate", "Cut", "Reload", "Second tab"):
-            expect(button(chat, name)).to_be_in_viewport(ratio=1)
-        for instrument in ("state", "duplicates", "gaps", "calls", "lag", "frames", "reconnects", "seq"):
-            expect(chat.locator(f"#{instrument}")).to_be_in_viewport(ratio=1)
-        overflowing = "all => all.filter((one) => one.scrollWidth > one.clientWidth).map((one) => one.id)"
-        assert chat.locator("button").evaluate_all(overflowing) == []
-        if chat.locator(".answer").count() == 0:
-            button(chat, "Ask").click()
-            await_frames(chat, 100)
+    expect_to_fit(chat, width, height)
+    button(chat, "Ask").click()
+    await_frames(chat, 100)
+    expect_to_fit(chat, width, height)
+    button(chat, "Cut").click()
+    expect_to_fit(chat, width, height, "Reconnect")
+
+
+def expect_to_fit(page: Page, width: int, height: int, cut: str = "Cut") -> None:
+    """There is nothing to scroll to, and all that there is to press and to read is on the screen."""
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate("document.documentElement.scrollHeight") == height
+    for name in ("Ask", "Stop", "Regenerate", cut, "Reload", "Second tab"):
+        expect(button(page, name)).to_be_in_viewport(ratio=1)
+    for instrument in ("state", "duplicates", "gaps", "calls", "lag", "frames", "reconnects", "seq"):
+        expect(page.locator(f"#{instrument}")).to_be_in_viewport(ratio=1)
+    overflowing = "all => all.filter((one) => one.scrollWidth > one.clientWidth).map((one) => one.id)"
+    assert page.locator("button").evaluate_all(overflowing) == []
 
 
 def test_the_log_is_a_click_away_where_there_is_no_room(demo: Demo, chat: Page) -> None:
