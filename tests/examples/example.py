@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -159,6 +160,13 @@ def await_listening(port: int, process: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(f"nobody listens on port {port}, exit code {process.poll()}")
+
+
+def posted(command: str) -> Any:
+    """What the POST answers that a curl command makes, without the time that it takes to start curl."""
+    (url,) = re.findall(r"curl -X POST (\S+)", command)
+    with urllib.request.urlopen(url, b"", timeout=DEADLINE_S) as answer:
+        return json.loads(answer.read())
 
 
 def whole_events(said: str) -> str:
