@@ -9,12 +9,11 @@ from clients.notes import Kit, Notes, PythonClient, Wish
 
 
 class RunsStream(PythonClient):
-    """`runs.stream`."""
+    """`runs.stream`. Some servers send `end`; of others the end of the stream is the end."""
 
     answer = LANGGRAPH
 
     def read(self, wish: Wish, notes: Notes) -> None:
-        last = ""
         key = {"Idempotency-Key": wish.name}
         with langgraph_sdk.get_sync_client(url=wish.base, headers=key) as client:
             for part in client.runs.stream("th1", "agent", input={}, stream_mode=["values", "messages"]):
@@ -22,8 +21,6 @@ class RunsStream(PythonClient):
                     notes.show(part.data[0]["content"])
                 if part.event == "error":
                     raise RuntimeError(part.data["message"])
-                last = part.event
-        assert last == "end"
 
     def come_back(self, kit: Kit, wish: Wish, cut: Notes) -> Notes:
         return cut

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from raw_client import RawClient
-from recorded_answers import OPENAI_RESPONSES
+from recorded_answers import LANGGRAPH, OPENAI_RESPONSES, RAW
 from relay_process import RelayProcess
 from run_record import whole_run
 from scripted_upstream import ScriptedUpstream
@@ -68,6 +68,28 @@ def test_a_client_that_was_cut_in_mid_answer_comes_back_to_it(
         assert back.text == "Hello"
     assert agent.calls == 1
     assert whole_run(beating, name).outcome == ("completed", "upstream_end")
+
+
+@one_journal
+@each_client("cut and resume", lambda client: client.answer in (RAW, LANGGRAPH))
+def test_a_client_that_was_cut_behind_the_last_event_finds_that_it_has_all(
+    beating: RelayProcess, upstream: ScriptedUpstream, kit: Kit, agent: Agent, name: str, client: Client
+) -> None:
+    """These formats have no last word that everybody sends: the end of the answer is the end."""
+    gate = upstream.gate()
+    events = client.answer.events[: client.answer.shown + 1]
+    agent.say(events, gate, at=len(events))
+    with TcpProxy.running(beating.port) as proxy:
+        notes = client.ask(kit, Wish(proxy.url, name))
+        notes.await_text("Hello")
+        proxy.refusing = True
+        proxy.cut_all()
+        gate.open()
+        assert whole_run(beating, name).outcome == ("completed", "upstream_end")
+        proxy.refusing = False
+        assert notes.await_end() == WHOLE
+    assert notes.text == "Hello"
+    assert agent.calls == 1
 
 
 @one_journal
