@@ -83,6 +83,25 @@ NPM = Tool(
     {"apt-get": ("npm",), "brew": ("node",), "dnf": ("nodejs-npm",), "apk": ("npm",)},
 )
 
+NGINX = Tool(
+    "nginx",
+    ("nginx", "/usr/sbin/nginx"),
+    {"apt-get": ("nginx",), "brew": ("nginx",), "dnf": ("nginx",), "apk": ("nginx",)},
+)
+CURL = Tool(
+    "curl",
+    ("curl",),
+    {"apt-get": ("curl",), "brew": ("curl",), "dnf": ("curl",), "apk": ("curl",)},
+)
+OPENSSL = Tool(
+    "openssl",
+    ("openssl",),
+    {"apt-get": ("openssl",), "brew": ("openssl",), "dnf": ("openssl",), "apk": ("openssl",)},
+)
+
+# Debian starts them as services of the same names.
+SERVICES = (REDIS, NGINX)
+
 INSTALL = {
     "apt-get": ("apt-get", "install", "-y", "-q", "--no-install-recommends"),
     "brew": ("brew", "install"),
@@ -190,8 +209,8 @@ def ensure_tools(*tools: Tool) -> None:
         stop(f"the tests need {names}, and there is no apt-get, brew, dnf or apk here; install by hand")
     for tool in missing:
         install(manager, *tool.packages[manager])
-        if tool is REDIS and manager == "apt-get":
-            stop_new_service()
+        if tool in SERVICES and manager == "apt-get":
+            stop_new_service(tool.name)
         if not found(tool):
             stop(f"{manager} installed a package for {tool.name}, but none of its programs is on the PATH")
 
@@ -226,10 +245,10 @@ def as_root(manager: str, *command: str) -> tuple[int, str]:
     return outcome.returncode, outcome.stdout
 
 
-def stop_new_service() -> None:
+def stop_new_service(name: str) -> None:
     """The tests start servers of their own. systemd starts a freshly installed one whatever RUNLEVEL says."""
     if Path("/run/systemd/system").is_dir() and shutil.which("systemctl"):
-        as_root("systemctl", "systemctl", "disable", "--now", "redis-server")
+        as_root("systemctl", "systemctl", "disable", "--now", name)
 
 
 # --- the JavaScript SDKs that the tests try ------------------------------------------------------------
@@ -257,7 +276,7 @@ def demo(args: list[str]) -> int:
 
 def setup(args: list[str]) -> int:
     ensure_venv("test")
-    ensure_tools(REDIS, CHROMIUM, NODE, NPM)
+    ensure_tools(REDIS, CHROMIUM, NODE, NPM, NGINX, CURL, OPENSSL)
     ensure_node_packages()
     return 0
 

@@ -448,7 +448,7 @@ class App:
         nothing_left = info.ended_ms and info.last_data <= after.seq
         if presented is not None and nothing_left and standing.same_life:
             self.metrics.resumed("ended")
-            await send_no_content(send)
+            await send_no_content(send, answer.media_type if info.status is Status.COMPLETED else "")
             return None
         if standing is not Standing.HERE:
             self.metrics.resumed(standing.value)

@@ -38,17 +38,52 @@ Look at the counters: the agent was called once, no matter how often you left.
 When this answer is over, the journal says so in one last frame, and exactly one. Had the agent crashed in \
 the middle, that frame would say that instead."""
 
+ANSWERS = (
+    ANSWER,
+    """\
+Every answer is a run, and a run ends exactly once. This one is still open while you read it. Press Stop, in \
+this tab or in any other, and it ends as stopped: what was said so far stays, for everyone, and the agent is \
+hung up on. To close a tab, or to lose the network, is something else. It ends nothing.
+
+Press Regenerate, and the same question is asked again. In one step the old answer is marked as replaced and \
+the new one begins, in every open tab, and Stop means the new one at once.
+
+None of this lives in the page. A page holds one number, the cursor, and draws what the journal says. So a \
+tab that was opened a minute late, or that slept through all of it, ends up with the same text as the tab \
+that never left, word for word.""",
+    """\
+Things break in the other direction, too. Stop relay in its terminal while this text is growing, and start \
+it again. The page will say that relay cannot be reached, try again by itself, and then show how this answer \
+ended: what was said is still there, and its last frame says that it was lost. No answer is left open for \
+ever, whoever died.
+
+An agent that hangs up in the middle of a sentence is not taken for one that is done. An answer that nobody \
+reads is not kept alive for nothing. And when the network only hiccups, nobody has to know: the browser \
+comes back with its cursor, gets what it missed in one go, and goes on live where the journal ends. You may \
+have seen those words on this page. They have a colour of their own, for a while.""",
+)
+"""What the agent says, in turns."""
+
 WORDS = len(ANSWER.split())
 PACE_MS = 35
 
 WORDS_MAX = 100_000
+TAKES_MAX = 1_000_000
 PACE_MAX_MS = 60_000
 PROMPT_ECHO_MAX_CHARS = 2000
+CHATS_MAX = 10_000
+
+STATIC_FILES = ("demo.css", "demo.js", "demo-conversation.js", "demo-instruments.js")
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page runs and loads nothing but what comes from where it came from itself."""
 
 
-def words(total: int) -> list[str]:
-    """The answer as `total` pieces that join to running text; it begins anew where it is too short."""
-    pieces = re.findall(r"\s*\S+", ANSWER)
+def words(total: int, answer: str = ANSWER) -> list[str]:
+    """An answer as `total` pieces that join to running text; it begins anew where it is too short."""
+    pieces = re.findall(r"\s*\S+", answer)
     text = list(islice(cycle(["\n\n" + pieces[0], *pieces[1:]]), total))
     return [text[0].lstrip(), *text[1:]] if text else []
 
@@ -57,10 +92,19 @@ def sample_agent() -> Starlette:
     """An ASGI app with counters of its own.
 
     `POST /v1/chat/completions`, `GET /agent/stream?prompt=` (SSE), `GET /agent/ndjson?prompt=`, each with
-    `?words=` and `?pace_ms=`; `GET /agent/stats` says how often each was asked to stream. Errors are JSON.
+    `?words=`, `?pace_ms=` and `?take=`, which of its texts it says. `GET /agent/stats` says how often each
+    was asked to stream, and with `?chat=` how often by requests of that `?chat=`. Errors are JSON.
     """
     calls = Counter({"/v1/chat/completions": 0, "/agent/stream": 0, "/agent/ndjson": 0})
+    chats: Counter[str] = Counter()
     numbers = count(1)
+
+    def count_call(request: Request) -> None:
+        calls[request.url.path] += 1
+        if chat := request.query_params.get("chat"):
+            chats[chat] += 1
+            if len(chats) > CHATS_MAX:
+                del chats[next(iter(chats))]
 
     async def chat_completions(request: Request) -> Response:
         paced = Paced(request)
@@ -73,29 +117,30 @@ def sample_agent() -> Starlette:
         head = {"id": f"chatcmpl-{next(numbers)}", "created": int(time.time()), "model": model}
         if not body.get("stream"):
             return JSONResponse(completion(head, paced.words))
-        calls[request.url.path] += 1
+        count_call(request)
         options = body.get("stream_options")
         with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
         return event_stream(chat_chunks(head, paced, with_usage))
 
     async def stream(request: Request) -> Response:
         paced = Paced(request)
-        calls[request.url.path] += 1
+        count_call(request)
         return event_stream(plain_events(asked(request), paced))
 
     async def ndjson(request: Request) -> Response:
         paced = Paced(request)
-        calls[request.url.path] += 1
+        count_call(request)
         return StreamingResponse(ndjson_lines(asked(request), paced), media_type="application/x-ndjson")
 
     async def stats(request: Request) -> Response:
-        return JSONResponse({"calls": calls}, headers={"Cache-Control": "no-store"})
+        chat = request.query_params.get("chat")
+        counted = {"calls": calls} if chat is None else {"calls": calls, "chat": chats[chat]}
+        return JSONResponse(counted, headers={"Cache-Control": "no-store"})
 
     return Starlette(
         routes=[
             Route("/", partial(static, "demo.html")),
-            Route("/demo.js", partial(static, "demo.js")),
-            Route("/demo.css", partial(static, "demo.css")),
+            *(Route(f"/{name}", partial(static, name)) for name in STATIC_FILES),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/agent/stream", stream),
             Route("/agent/ndjson", ndjson),
@@ -109,7 +154,8 @@ class Paced:
     """The words of one answer and the time between two of them, as the query asks for them."""
 
     def __init__(self, request: Request) -> None:
-        self.words = words(whole_number(request, "words", WORDS, WORDS_MAX))
+        answer = ANSWERS[whole_number(request, "take", 0, TAKES_MAX) % len(ANSWERS)]
+        self.words = words(whole_number(request, "words", len(answer.split()), WORDS_MAX), answer)
         self.pace_s = whole_number(request, "pace_ms", PACE_MS, PACE_MAX_MS) / 1000
 
     async def __aiter__(self) -> AsyncIterator[str]:
@@ -200,7 +246,8 @@ def usage(answer: list[str]) -> dict[str, int]:
 
 async def static(name: str, request: Request) -> Response:
     """A file of the demo page."""
-    return FileResponse(STATIC / name, headers={"Cache-Control": "no-cache"})
+    headers = {"Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY}
+    return FileResponse(STATIC / name, headers=headers)
 
 
 async def refused(request: Request, error: Exception) -> Response:

@@ -27,12 +27,13 @@ class Block(NamedTuple):
         return json.loads(self.data) if self.event == "relay" else None
 
 
-class GzipBody:
-    """What is in a gzip body, as far as it came; a body that ends before its gzip member does is broken."""
+class Body:
+    """A body as it comes, decompressed where it is; one that ends before its framing, or its gzip member,
+    does is broken. (`HTTPResponse.readline` takes a broken one for one that ended.)"""
 
-    def __init__(self, response: http.client.HTTPResponse) -> None:
+    def __init__(self, response: http.client.HTTPResponse, is_gzip: bool) -> None:
         self._response = response
-        self._member = zlib.decompressobj(31)
+        self._member = zlib.decompressobj(31) if is_gzip else None
         self._held = b""
 
     def readline(self) -> bytes:
@@ -49,6 +50,9 @@ class GzipBody:
 
     def _more(self) -> bool:
         data = self._response.read1(65536)
+        if self._member is None:
+            self._held += data
+            return bool(data)
         if not data and not self._member.eof:
             raise http.client.IncompleteRead(self._held)
         self._held += self._member.decompress(data)
@@ -78,7 +82,7 @@ class Reading:
         self.headers = {name.lower(): value for name, value in self._response.getheaders()}
         self.last_id = ""
         is_gzip = self.headers.get("content-encoding") == "gzip"
-        self._body = GzipBody(self._response) if is_gzip else self._response
+        self._body = Body(self._response, is_gzip)
 
     def _connect(self, host: str, port: int) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(host, port, timeout=DEADLINE_S)

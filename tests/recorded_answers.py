@@ -38,6 +38,42 @@ class Answer:
     headers: tuple[str, ...] = ()
 
 
+RAW = Answer(
+    "raw",
+    "/say",
+    [b"data: Hel\n\n", b"data: lo\n\n"],
+    1,
+    [{"kind": "text", "index": 0, "text": "Hello"}],
+    b"",
+)
+"""Of a format that relay does not know, and that has no error of its own."""
+
+
+def _completion(reason: str | None = None, **delta: str) -> bytes:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    whole = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+    return sse(whole)
+
+
+_DONE = b"data: [DONE]\n\n"
+
+OPENAI_CHAT = Answer(
+    "openai-chat",
+    "/v1/chat/completions",
+    [
+        _completion(role="assistant", content=""),
+        _completion(reasoning_content="Hm."),
+        _completion(content="Hel"),
+        _completion(content="lo"),
+        _completion("stop"),
+        _DONE,
+    ],
+    3,
+    [{"kind": "reasoning", "index": 0, "text": "Hm."}, {"kind": "text", "index": 0, "text": "Hello"}],
+    sse({"error": {"message": "boom", "type": "server_error", "param": None, "code": "busy"}}),
+)
+
+
 def _response(status: str, **members: Any) -> dict[str, Any]:
     return {
         "id": "resp_1", "object": "response", "created_at": 1, "status": status, "error": None,
@@ -152,7 +188,6 @@ ANTHROPIC = Answer(
     typed("error", error={"type": "overloaded_error", "message": "boom"}),
 )  # fmt: skip
 
-_DONE = b"data: [DONE]\n\n"
 _APPROVAL = chunk("tool-approval-request", approvalId="a1", toolCallId="c1")
 
 AI_SDK = Answer(
@@ -261,4 +296,4 @@ LANGGRAPH = Answer(
     ],
 )
 
-ANSWERS = [OPENAI_RESPONSES, ANTHROPIC, AI_SDK, AG_UI, LANGGRAPH]
+ANSWERS = [OPENAI_CHAT, OPENAI_RESPONSES, ANTHROPIC, AI_SDK, AG_UI, LANGGRAPH]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 from starlette.applications import Starlette
 
-from relay.demo import ANSWER, WORDS, sample_agent, words
+from relay import demo
+from relay.demo import ANSWER, ANSWERS, WORDS, sample_agent, words
 
 
 class Answer(NamedTuple):
@@ -162,6 +163,16 @@ def test_ndjson_says_the_same_one_object_a_line(agent: Starlette) -> None:
     assert last == {"type": "done", "words": WORDS}
 
 
+def test_the_agent_has_several_answers_and_takes_turns(agent: Starlette) -> None:
+    def text(query: str) -> str:
+        events = call(agent, f"/agent/stream?pace_ms=0&{query}").events()
+        return "".join(json.loads(data)["text"] for event, data in events if event == "")
+
+    assert [text(f"take={take}") for take in range(4)] == [*ANSWERS, ANSWER]
+    assert text("take=1&words=3") == "Every answer is"
+    assert call(agent, "/agent/stream?take=-1").status == 400
+
+
 @pytest.mark.parametrize("length", [0, 1, 2000, 2001, 1_000_000])
 def test_a_prompt_may_have_any_length(agent: Starlette, length: int) -> None:
     answer = call(agent, f"/agent/stream?pace_ms=0&words=1&prompt={'x' * length}")
@@ -185,6 +196,22 @@ def test_stats_count_what_was_asked_to_stream(agent: Starlette) -> None:
     assert stats.json()["calls"] == {"/v1/chat/completions": 1, "/agent/stream": 2, "/agent/ndjson": 1}
 
 
+def test_stats_count_the_calls_of_a_chat(agent: Starlette) -> None:
+    for chat_name in ("a", "b", "a", ""):
+        call(agent, f"/agent/stream?words=0&chat={chat_name}")
+    counts = {name: call(agent, f"/agent/stats?chat={name}").json()["chat"] for name in ("a", "b", "c")}
+    assert counts == {"a": 2, "b": 1, "c": 0}
+    assert "chat" not in call(agent, "/agent/stats").json()
+
+
+def test_the_chats_that_are_counted_are_bounded(agent: Starlette, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "CHATS_MAX", 2)
+    for chat_name in ("a", "b", "c"):
+        call(agent, f"/agent/stream?words=0&chat={chat_name}")
+    counts = [call(agent, f"/agent/stats?chat={name}").json()["chat"] for name in ("a", "b", "c")]
+    assert counts == [0, 1, 1]
+
+
 def test_two_agents_count_apart(agent: Starlette) -> None:
     call(agent, "/agent/stream?words=0")
     assert call(sample_agent(), "/agent/stats").json()["calls"]["/agent/stream"] == 0
@@ -203,19 +230,31 @@ def test_the_words_come_at_the_pace_that_was_asked_for(
     assert waited == [0.25] * 3
 
 
-@pytest.mark.parametrize(
-    ("path", "kind"), [("/", "text/html"), ("/demo.js", "javascript"), ("/demo.css", "text/css")]
-)
+PAGE = {
+    "/": "text/html",
+    "/demo.css": "text/css",
+    "/demo.js": "javascript",
+    "/demo-conversation.js": "javascript",
+    "/demo-instruments.js": "javascript",
+}
+
+
+@pytest.mark.parametrize(("path", "kind"), PAGE.items())
 def test_the_page_and_its_files_are_served(agent: Starlette, path: str, kind: str) -> None:
     answer = call(agent, path)
     assert answer.status == 200
     assert kind in answer.headers["content-type"]
     assert answer.body
+    policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
 
 
 def test_the_page_loads_nothing_from_elsewhere(agent: Starlette) -> None:
-    for path in ("/", "/demo.js", "/demo.css"):
-        text = call(agent, path).body.decode()
+    for path in PAGE:
+        text = (
+            call(agent, path).body.decode().replace("http://www.w3.org/2000/svg", "")
+        )  # a name, of the icon
         assert "http:" not in text
         assert "https:" not in text
         assert "//cdn" not in text

@@ -1,8 +1,9 @@
 """LangGraph Server: events named by stream mode, `error`, and from some servers `end`.
 
-Source: the LangSmith documentation, "Streaming API"; and the package `langgraph-sdk`, whose `useStream`
-throws `StreamError` on an event named `error`. Newer servers end by closing the stream, hence a clean end is
-no truncation. Messages that are streamed whole (`messages/partial`) hold all of their text so far.
+Source: `langgraph-api` 0.16 (`stream.py`, `worker.py`, `sse.py`), behind which tests/examples runs relay, and
+0.2; and `langgraph-sdk`, which takes `end` and `error` for the last event. These servers end by closing the
+stream, hence a clean end is no truncation. Messages that are streamed whole (`messages/partial`) hold all of
+their text so far. An interrupt is in the modes `updates` and `values`, and in no other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from relay.lifecycle import Ending, Reason
 _OF_THE_MODEL = ("ai", "AIMessageChunk", "AIMessage")
 
 _CANCELLED = ("UserInterrupt", "UserRollback")
-"""Errors of a run that its caller cancelled, with and without keeping what it did."""
+"""Errors of a run that its caller cancelled, with and without keeping what it did. Older servers sent them
+(0.2); newer ones end such a run's stream without a word, as if it were done (0.16)."""
 
 
 def is_metadata(event: Event) -> bool:

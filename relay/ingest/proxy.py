@@ -934,7 +934,7 @@ def _head(answer: Answer) -> Headers:
     # First, because Chromium takes a head that was cut in an orderly way for whole, and gives up for ever on
     # an event stream without its type.
     headers.sort(key=lambda header: header[0] != b"content-type")
-    return [*headers, (b"vary", b", ".join([*vary, b"Last-Event-ID"]))]
+    return [*headers, (b"vary", b", ".join([*vary, b"Last-Event-ID, Accept-Encoding"]))]
 
 
 def _stream_named_by(answer: Answer) -> str:

@@ -115,9 +115,13 @@ async def send_whole(status: int, headers: Head, body: bytes, send: Send) -> Non
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_no_content(send: Send) -> None:
-    """204: nothing remains and nothing more will come, so an EventSource stops for good."""
+async def send_no_content(send: Send, media_type: str = "") -> None:
+    """204: nothing remains and nothing more will come, so an EventSource stops for good. `media_type` is that
+    of an answer which its reader has whole: clients that look for it whatever the status (httpx-sse, the
+    Python SDK of LangGraph) take this for its end then, and for an error without."""
     headers = [(b"cache-control", b"no-store"), (b"vary", b"Last-Event-ID")]
+    if media_type:
+        headers.append((b"content-type", media_type.encode("latin-1")))
     await send_whole(204, headers, b"", send)
 
 

@@ -1,236 +1,239 @@
-"use strict";
-// All this page keeps over a reload is the stream's name, in the URL's hash. All it needs to resume is the
-// cursor: the id of the last frame it has.
+// A chat whose answers come through relay. relay-stream.js hands over each frame of the conversation once,
+// over cuts, reloads and tabs; what is left to do for a page is here.
 
-const UPSTREAM = "/agent/stream";
-const CUT_MS = 2000;
-const LOG_MAX = 500;
-// Control frames that say something of the connection. All other frames are in the journal and have a seq.
-const CONNECTION_TYPES = new Set(["hello", "gap", "reset", "live", "bye"]);
+import { ask, cancel, subscribe } from "/relay/static/relay-stream.js";
+import { Conversation } from "./demo-conversation.js";
+import { Instruments } from "./demo-instruments.js";
+
+const AGENT = "/agent/stream";
+const PACE_MS = 70; // between two words, so that there is time to break something
+const OFFLINE_S = 6;
+const AGAIN_MS = 2000;
 
 const $ = (id) => document.getElementById(id);
 const seqOf = (id) => Number(id.split("-")[0]);
 
-let stream = location.hash.slice(1);
-let cursor = "0-0";
-let source = null;
-let reopening = null;
-let answer = null; // the paragraph that grows
-let openRuns = new Set();
+const conversation = new Conversation($("conversation"));
+const instruments = new Instruments();
+
+// The conversation's name is in the URL, so that another tab, or another person, opens the same one.
+const named = /^#[A-Za-z0-9._~:-]{1,200}$/.test(location.hash);
+const [random] = crypto.getRandomValues(new Uint32Array(1));
+const chat = named ? location.hash.slice(1) : `chat-${random.toString(36)}`;
+history.replaceState(null, "", `#${chat}`);
+
+let subscription = null;
+let cursor = null; // the id of the last frame: all that it takes to go on
+let top = null; // the last frame that was there when this connection began
+let resumed = false; // whether this connection goes on where another one was cut
+let away = false; // since it was cut
+let offline = null; // while it is cut on purpose: the clock that counts the seconds down
 let asking = false;
-const seen = { frames: 0, connections: 0, duplicates: 0, holes: 0 };
 
-function show() {
-  $("cursor").textContent = cursor;
-  $("stream").textContent = stream || "–";
-  for (const name of Object.keys(seen)) $(name).textContent = seen[name];
-  for (const name of ["duplicates", "holes"]) $(name).className = seen[name] ? "bad" : "good";
-  $("send").disabled = asking || openRuns.size > 0;
-  $("cut").disabled = source === null;
-  $("reload").disabled = $("tab").disabled = !stream;
+// --- reading -----------------------------------------------------------------------------------------------
+
+/** Read the conversation's stream, behind the cursor. It is created first, unless it is there, and can so be
+ * followed before anything was said. */
+async function follow() {
+  const created = await fetch(`/relay/v1/streams/${chat}`, { method: "PUT" }).catch(() => null);
+  if (!created?.ok) return again("relay cannot be reached.");
+  const callbacks = { onFrame, onControl, onState, onEnd };
+  subscription = subscribe(chat, { after: cursor ?? "start", envelope: true, ...callbacks });
+  show();
 }
 
-function state(text, kind = "") {
-  $("state").textContent = text;
-  $("state").className = kind;
+function again(why) {
+  say(`${why} This page tries again by itself.`, "lost");
+  away = true;
+  setTimeout(follow, AGAIN_MS);
 }
 
-function log(id, text, control) {
-  const list = $("log");
-  const pinned = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
-  const line = document.createElement("li");
-  if (control) line.className = "control";
-  for (const part of [id || "–", text]) {
-    const span = document.createElement("span");
-    span.textContent = part;
-    line.append(span);
-  }
-  list.append(line);
-  while (list.childElementCount > LOG_MAX) list.firstChild.remove();
-  if (pinned) list.scrollTop = list.scrollHeight;
+function onFrame(frame) {
+  journaled(frame);
+  conversation.frame(frame, resumed && isReplayed(frame.id));
+  if (frame.event === "question") countCalls();
+  show();
 }
 
-function paragraph(kind, text) {
-  $("empty")?.remove();
-  const made = document.createElement("p");
-  made.className = kind;
-  made.textContent = text;
-  $("chat").append(made);
-  return made;
-}
-
-function clearChat() {
-  $("chat").replaceChildren();
-  answer = null;
-  openRuns.clear();
-}
-
-// --- reading ---------------------------------------------------------------------------------------------
-
-function connect(query) {
-  disconnect();
-  state("connecting");
-  const opened = new EventSource(`/relay/v1/streams/${encodeURIComponent(stream)}/events?${query}&wait=10`);
-  source = opened;
-  opened.onopen = () => {
-    seen.connections += 1;
-    state("connected", "good");
-    show();
-  };
-  opened.onerror = () => {
-    if (opened.readyState === EventSource.CONNECTING) {
-      state("lost, reconnecting", "bad"); // with Last-Event-ID, by itself
-    } else {
-      // 204: nothing more of this run. Anything else a browser does not tell. Either way, look for what
-      // comes next; slowly, as it may be an error.
-      disconnect();
-      state("closed");
-      follow(CUT_MS);
+function onControl(control) {
+  const { id, type } = control;
+  if (type.startsWith("run.")) journaled(control);
+  instruments.event(id, type, detailOf(control));
+  if (type === "hello") {
+    ({ top, resumed } = control);
+    instruments.position(id);
+    const missed = seqOf(top) - seqOf(cursor ?? id);
+    if (away && resumed && missed > 0) {
+      back(`Back. ${missed} frames were written meanwhile. Here they are, each once.`);
     }
-    show();
-  };
-  opened.onmessage = (message) => frame(message, "");
-  for (const event of ["question", "done", "relay"]) {
-    opened.addEventListener(event, (message) => frame(message, event));
+  } else if (type === "gap") {
+    lose(id, "Some older frames are no longer in the journal.");
+  } else if (type === "reset") {
+    lose(id, "The journal was begun anew. This is what it holds.");
+    conversation.clear();
+  } else if (type === "run.started") {
+    conversation.started(control);
+    if (!isReplayed(id)) say("The agent answers.");
+  } else if (type === "run.superseded") {
+    conversation.superseded(control);
+  } else if (type === "run.ended") {
+    const outcome = conversation.ended(control);
+    if (!isReplayed(id)) say(`The answer ${outcome === "broke off" ? "" : "is "}${outcome}.`);
+    countCalls();
   }
   show();
 }
 
-function disconnect() {
-  clearTimeout(reopening);
-  source?.close();
-  source = null;
+/** What the log says of a control frame, beside its type. */
+function detailOf({ resumed: honoured, status, reason, run }) {
+  return honoured ? "resumed" : (status ?? reason ?? run?.slice(0, 8));
 }
 
-// The whole stream from the cursor on: also what other tabs ask for.
-function follow(delay_ms) {
-  clearTimeout(reopening);
-  reopening = setTimeout(() => connect(`after=${cursor}`), delay_ms);
+/** relay says that it cannot go on from the cursor, and from where it can. */
+function lose(id, sentence) {
+  cursor = id;
+  instruments.position(id, true);
+  back(sentence);
 }
 
-function frame(message, event) {
-  const id = message.lastEventId;
-  const body = JSON.parse(message.data);
-  if (event === "relay" && CONNECTION_TYPES.has(body.type)) {
-    connectionSaid(id, body);
-  } else if (seqOf(id) <= seqOf(cursor)) {
-    seen.duplicates += 1; // shown nowhere: the id says that it is here already
-  } else {
-    if (seqOf(id) !== seqOf(cursor) + 1) seen.holes += 1;
-    seen.frames += 1;
-    cursor = id;
-    log(id, `${event} ${message.data}`.trimStart(), event === "relay");
-    journalSaid(event, body);
+/** A frame of the journal, of the agent's or of relay's own. */
+function journaled({ id, type }) {
+  instruments.frame(id, isReplayed(id), type !== "frame");
+  cursor = id;
+}
+
+/** Whether a frame was written before this connection began. */
+function isReplayed(id) {
+  return top !== null && seqOf(id) <= seqOf(top);
+}
+
+function onState(state, error) {
+  if (state !== "open") top = null;
+  if (error && state === "waiting") {
+    say("relay cannot be reached. This page tries again by itself.", "lost");
+    away = true;
   }
   show();
 }
 
-function connectionSaid(id, body) {
-  log(id, `relay ${JSON.stringify(body)}`, true);
-  if (body.type === "reset") {
-    clearChat();
-    notice(`The journal was reset (${body.reason}); this is the stream from its earliest frame.`);
-  } else if (body.type === "gap") {
-    notice("Some older frames are no longer in the journal.");
-  }
-  // The id is the position that this frame establishes: where the next frame follows. A page that has a
-  // cursor believes only a gap or a reset, so that a wrong hello would show as a hole.
-  if (id && (cursor === "0-0" || body.type === "gap" || body.type === "reset")) cursor = id;
-  if (body.type === "live") state("live", "good");
-  if (body.type === "bye" && body.reason === "ended") {
-    disconnect();
-    follow(0);
-  } else if (body.type === "bye" && body.reason === "deleted") {
-    disconnect();
-    state("the stream was deleted", "bad");
-  }
+function onEnd({ reason, error }) {
+  if (reason === "closed") return; // cut, by the button
+  instruments.event(null, reason, error?.message);
+  if (reason === "error") {
+    subscription = null;
+    again(error.message);
+  } else say("This chat is no more. Begin a new one.", "lost");
 }
 
-function journalSaid(event, body) {
-  if (event === "question") {
-    paragraph("question", body.text || "(no question)");
-    answer = paragraph("answer open", "");
-  } else if (event === "relay" && body.type === "run.started") {
-    openRuns.add(body.run);
-    stats();
-  } else if (event === "relay" && body.type === "run.ended") {
-    openRuns.delete(body.run);
-    answer?.classList.remove("open");
-    answer = null;
-    const words = `${body.status}${body.error ? `: ${body.error}` : ""}`;
-    paragraph("ending", words).title = body.reason;
-  } else if (event === "") {
-    answer ??= paragraph("answer open", "");
-    answer.textContent += body.text;
-  }
-}
+// --- asking ------------------------------------------------------------------------------------------------
 
-// --- asking ----------------------------------------------------------------------------------------------
-
-async function ask(prompt) {
+/** Ask the agent through relay, as its own clients do. The answer is read with the rest of the conversation,
+ * so this request need not wait for it; if it is cut, `ask` makes it again, and the agent is called once. */
+async function put(question, headers) {
   asking = true;
-  notice("");
-  if (!stream) {
-    stream = `demo-${Array.from(crypto.getRandomValues(new Uint32Array(2)), (n) => n.toString(36)).join("")}`;
-    history.replaceState(null, "", `#${stream}`);
-  }
   show();
   try {
-    // Through the proxy, as any client would call the agent; the header only names the conversation.
-    const response = await fetch(`${UPSTREAM}?prompt=${encodeURIComponent(prompt)}`, {
-      headers: { "Relay-Stream": stream },
+    const query = new URLSearchParams({ prompt: question, chat, take: conversation.size, pace_ms: PACE_MS });
+    const asked = await ask(`${AGENT}?${query}`, {
+      method: "GET",
+      headers: { "Relay-Stream": chat, Prefer: "respond-async", ...headers },
     });
-    const behind = response.headers.get("Relay-Stream");
-    response.body?.cancel(); // leaving is not stopping: the run goes on, and is read from the journal
-    if (!response.ok) notice(`The agent answered ${response.status}.`);
-    else if (behind === null) notice("No relay in front of this agent: open this page through relay.");
-    else {
-      if (behind !== stream) {
-        stream = behind;
-        history.replaceState(null, "", `#${stream}`);
-        cursor = "0-0";
-        disconnect();
-      }
-      if (source === null) follow(0);
-    }
+    asked.close();
+    return true;
   } catch (error) {
-    notice(`Asking failed: ${error.message}`);
-  }
-  asking = false;
-  show();
-}
-
-function notice(text) {
-  $("notice").textContent = text;
-}
-
-async function stats() {
-  try {
-    const answered = await (await fetch("/agent/stats")).json();
-    $("calls").textContent = answered.calls[UPSTREAM];
-  } catch {
-    $("calls").textContent = "–";
+    say(`That did not get through: ${error.message}`, "lost");
+    return false;
+  } finally {
+    asking = false;
+    show();
   }
 }
 
-$("ask").addEventListener("submit", (event) => {
+$("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
-  if (!$("send").disabled) ask($("prompt").value);
-});
-
-$("cut").addEventListener("click", () => {
-  disconnect();
-  state(`cut, back in ${CUT_MS / 1000} s`, "bad");
-  log("", "the connection is cut", true);
-  follow(CUT_MS);
+  const question = $("question").value.trim();
+  if ($("send").disabled) return;
+  if (await put(question, {})) $("question").value = "";
   show();
 });
 
+// Both are for all tabs, wherever the answer was asked for.
+$("regenerate").addEventListener("click", () => put(conversation.question, { "Relay-Supersedes": "latest" }));
+$("stop").addEventListener("click", () => cancel(chat).catch((error) => say(error.message, "lost")));
+
+/** How often the agent was called in this chat, as it says itself. */
+async function countCalls() {
+  const answer = await fetch(`/agent/stats?chat=${chat}`).catch(() => null);
+  instruments.calls(answer?.ok ? (await answer.json()).chat : null);
+}
+
+// --- breaking it -------------------------------------------------------------------------------------------
+
+$("cut").addEventListener("click", () => (offline ? reconnect() : disconnect()));
 $("reload").addEventListener("click", () => location.reload());
-$("tab").addEventListener("click", () => window.open(location.href, "_blank"));
+$("tab").addEventListener("click", () => window.open(location.href, "_blank", "noopener"));
+$("events").addEventListener("click", ({ target }) => {
+  target.ariaExpanded = String(target.ariaExpanded !== "true");
+});
 window.addEventListener("hashchange", () => location.reload());
 
-setInterval(stats, 3000);
-stats();
-show();
-if (stream) connect("run=latest");
+function disconnect() {
+  let left_s = OFFLINE_S;
+  $("left").textContent = left_s;
+  offline = setInterval(() => {
+    $("left").textContent = left_s -= 1;
+    if (left_s === 0) reconnect();
+  }, 1000);
+  away = true;
+  subscription.close();
+  subscription = null;
+  instruments.event(null, "cut");
+  say("Cut. This tab hears nothing. The agent talks on, and relay writes it down.", "lost");
+  show();
+}
+
+function reconnect() {
+  clearInterval(offline);
+  offline = null;
+  follow();
+}
+
+// --- showing -----------------------------------------------------------------------------------------------
+
+function connection() {
+  if (offline || subscription?.state === "suspended") return "offline";
+  if (subscription?.state === "closed") return "ended";
+  // A tab for which another one reads is not told when that one connected.
+  if (subscription?.state === "open" && (top !== null || subscription.role === "follower")) {
+    return seqOf(cursor ?? "0-0") < seqOf(top ?? "0-0") ? "replaying" : "live";
+  }
+  return away || cursor ? "reconnecting" : "connecting";
+}
+
+function say(sentence, kind = "") {
+  $("notice").textContent = sentence;
+  $("notice").className = kind;
+}
+
+function back(sentence) {
+  away = false;
+  say(sentence, "back");
+}
+
+function show() {
+  const state = connection();
+  const isThere = state === "live" || state === "replaying";
+  const { answering } = conversation;
+  instruments.connection(state, subscription?.role);
+  if (away && state === "live") back("Back, and nothing was missed.");
+  document.body.dataset.agent = answering ? "talking" : "silent";
+  $("empty").hidden = conversation.size > 0;
+  $("send").disabled = asking || answering || !isThere || $("question").value.trim() === "";
+  $("stop").disabled = !answering || !isThere;
+  $("regenerate").disabled = asking || conversation.size === 0 || !isThere;
+  $("cut").disabled = !offline && !isThere;
+}
+
+$("question").addEventListener("input", show);
+follow();
+countCalls();

@@ -290,7 +290,7 @@ def test_an_event_stream_becomes_a_run_under_upstreams_status_and_headers(
             ("set-cookie", "a=1"),
             ("set-cookie", "b=2"),
             ("access-control-allow-origin", "*"),
-            ("vary", "Origin, Last-Event-ID"),
+            ("vary", "Origin, Last-Event-ID, Accept-Encoding"),
             ("cache-control", "no-cache, no-store, no-transform"),
             ("x-accel-buffering", "no"),
             ("transfer-encoding", "chunked"),

@@ -174,6 +174,12 @@ def test_nothing_left_is_204_without_a_body() -> None:
     assert connection.body == b""
 
 
+def test_nothing_left_of_a_whole_answer_has_its_media_type() -> None:
+    connection = Connection()
+    asyncio.run(send_no_content(connection.send, "text/event-stream"))
+    assert (b"content-type", b"text/event-stream") in connection.messages[0]["headers"]
+
+
 def test_an_error_is_a_problem_document() -> None:
     for error, status in ((UnknownStream("No such stream.", stream="s"), 404), (Busy(), 503)):
         connection = Connection()
