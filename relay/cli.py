@@ -332,7 +332,14 @@ async def _demo(port: int, journal: str) -> None:
         upstream = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
             await _serve(
-                Settings(upstream=upstream, journal=journal, port=port, drain_grace_s=1.0),
+                # The page names its chats itself, also through a proxy that speaks for somebody else.
+                Settings(
+                    upstream=upstream,
+                    journal=journal,
+                    port=port,
+                    drain_grace_s=1.0,
+                    stream_from=("header:Relay-Stream",),
+                ),  # fmt: skip
                 lambda url: click.echo(
                     f"A sample agent that knows nothing of relay listens on {upstream}.\n"
                     f"Open {url}/ and ask something. Stop with Ctrl-C."
