@@ -339,7 +339,7 @@ async def _demo(port: int, journal: str) -> None:
                     port=port,
                     drain_grace_s=1.0,
                     stream_from=("header:Relay-Stream",),
-                ),  # fmt: skip
+                ),
                 lambda url: click.echo(
                     f"A sample agent that knows nothing of relay listens on {upstream}.\n"
                     f"Open {url}/ and ask something. Stop with Ctrl-C."
