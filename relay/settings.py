@@ -34,6 +34,9 @@ class Settings:
     """Units are in the names: `_s` seconds, `_ms` milliseconds, `_bytes` bytes."""
 
     upstream: str = _setting("", "Base URL of the agent backend; without it relay only serves /relay.")
+    upstream_host: str = _setting(
+        "", "Host that upstream is asked for: by default its own over https, the client's over http."
+    )
     journal: str = _setting(
         "sqlite:///relay.db", "Where frames are kept: redis://…, redis+sentinel://… or sqlite:///path."
     )

@@ -355,6 +355,9 @@ class Upstream:
         if "?" in base_url or "#" in base_url:
             raise StartupError(f"--upstream {base_url!r} has a query or fragment, which it cannot have.")
         self._base = base_url.rstrip("/")
+        # A backend of ours has to know by which name it was asked for; somebody else's goes by its own.
+        self.host = settings.upstream_host or (str(url.host_port_subcomponent) if url.scheme == "https" else "")
+        """What upstream is told as its name; "" for what the client said."""
         self._settings = settings
         self._session: aiohttp.ClientSession | None = None
 
@@ -392,6 +395,8 @@ class Upstream:
         for name, value in headers:
             fields.add(name.decode("latin-1"), _text(value))
         fields["Accept-Encoding"] = "identity"
+        if self.host:
+            fields["Host"] = self.host
         limit_s = self._settings.upstream_header_timeout_s
         upload = None
         try:

@@ -14,7 +14,6 @@ import openai
 import pytest
 from relay_process import RelayProcess
 from run_record import whole_run
-from scripted_upstream import ScriptedUpstream
 
 from examples.example import Example, body_of, once, posted
 
@@ -153,15 +152,3 @@ def test_an_upstream_with_tls_is_verified(
         with example.relay(upstream=upstream, port=example.ports[8080]):
             assert example.shell("python client.py") == ANSWER + "\n"
             assert json.loads(body_of(example.url(8080, "/calls"))) == {"calls": 1}
-
-
-def test_upstream_gets_the_host_that_the_client_says(
-    relay: RelayProcess, upstream: ScriptedUpstream, name: str
-) -> None:
-    upstream.on_stream(f"/{name}/v1/chat/completions", [b"data: [DONE]\n\n"])
-    host = {"Host": "api.openai.com"}
-    with openai.OpenAI(base_url=f"{relay.url}/{name}/v1", api_key="k", default_headers=host) as client:
-        assert list(ask(client)) == []
-    (received,) = [call for call in upstream.received if call.target.startswith(f"/{name}/")]
-    assert received.header("host") == "api.openai.com"
-    assert received.header("authorization") == "Bearer k"

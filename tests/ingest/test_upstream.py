@@ -126,6 +126,33 @@ def test_a_base_url_with_a_path_is_put_before_every_target(
     ]
 
 
+@pytest.mark.parametrize(
+    ("url", "wish", "host"),
+    [
+        ("http://127.0.0.1:9000", "", ""),
+        ("https://api.example/base", "", "api.example"),
+        ("https://api.example:8443", "", "api.example:8443"),
+        ("http://127.0.0.1:9000", "api.example", "api.example"),
+        ("https://api.example", "other.example", "other.example"),
+    ],
+)
+def test_an_upstream_over_tls_is_asked_for_by_its_own_name(url: str, wish: str, host: str) -> None:
+    assert Upstream(url, Settings(upstream_host=wish)).host == host
+
+
+@pytest.mark.parametrize("wish", ["", "api.example:81"])
+def test_upstream_is_told_the_name_that_the_client_asked_for_or_the_one_that_is_set(
+    upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory, name: str, wish: str
+) -> None:
+    journal = f"sqlite:///{tmp_path_factory.mktemp('host') / 'relay.db'}"
+    upstream.on_stream(f"/{name}", [b"data: hello\n\n"])
+    settings = {"upstream_host": wish} if wish else {}
+    with RelayProcess.start(journal=journal, upstream=upstream.url, **settings) as relay:
+        assert relay.get(f"/{name}", Host="app.localhost:80")[0] == 200
+    told = [received.header("host") for received in upstream.received if received.target == f"/{name}"]
+    assert told == [wish or "app.localhost:80"]
+
+
 def test_an_upstream_that_takes_no_connection_is_unreachable(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
