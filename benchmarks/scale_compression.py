@@ -45,7 +45,7 @@ def _window(relay: Server, shape: str, coding: str, readers: int, window_s: floa
         first.send(f"/paced?rate={RATE}&shape={shape}")
         stream = header(first.read_until(b"\r\n\r\n"), "relay-stream")
         request = (
-            f"GET /relay/v1/streams/{stream}/events?after=tail&control=none HTTP/1.1\r\nHost: bench\r\n"
+            f"GET /relay/v1/streams/{stream}/events?after=tail&control=none HTTP/1.1\r\nHost: localhost\r\n"
             f"Accept: text/event-stream\r\nAccept-Encoding: {coding}\r\n\r\n"
         ).encode()
         sockets = []

@@ -91,9 +91,9 @@ class Access:
         self._forward = ForwardAuth(settings) if settings.auth_url else None
         self._origins = tuple(_origin(text) for text in settings.cors_origin)
         self._hosts = tuple(host.lower() for host in settings.allowed_host)
-        if not self._hosts and not self.is_required and is_loopback(settings.host):
+        if self._hosts or (not self.is_required and is_loopback(settings.host)):
             # A page whose name its owner has lead to this machine would be let in for the address it has.
-            self._hosts = _LOCAL_NAMES
+            self._hosts += _LOCAL_NAMES
         self._proxies = [_network(text) for text in settings.trusted_proxy]
         self._rate = Rate(settings.client_requests_per_s, now) if settings.client_requests_per_s else None
 
@@ -123,7 +123,7 @@ class Access:
         name = found[1].lower() if found else ""
         if not name or not (_is_address(name) or any(_covers(host, name) for host in self._hosts)):
             raise HostNotAllowed(
-                "Requests for this host are not served here; --allowed-host names those that are."
+                f"The host {', '.join(given)!r} is not served here; --allowed-host names those that are."
             )
 
     def client(self, scope: Scope) -> str:

@@ -34,19 +34,22 @@ class Body:
     def __init__(self, response: http.client.HTTPResponse, is_gzip: bool) -> None:
         self._response = response
         self._member = zlib.decompressobj(31) if is_gzip else None
-        self._held = b""
+        self._held = bytearray()
 
     def readline(self) -> bytes:
         while b"\n" not in self._held and self._more():
             pass
-        line, end, self._held = self._held.partition(b"\n")
-        return line + end
+        return self._take(self._held.find(b"\n") + 1 or len(self._held))
 
     def read(self) -> bytes:
         while self._more():
             pass
-        held, self._held = self._held, b""
-        return held
+        return self._take(len(self._held))
+
+    def _take(self, size: int) -> bytes:
+        taken = bytes(self._held[:size])
+        del self._held[:size]
+        return taken
 
     def _more(self) -> bool:
         data = self._response.read1(65536)
@@ -54,7 +57,7 @@ class Body:
             self._held += data
             return bool(data)
         if not data and not self._member.eof:
-            raise http.client.IncompleteRead(self._held)
+            raise http.client.IncompleteRead(bytes(self._held))
         self._held += self._member.decompress(data)
         assert not self._member.unused_data
         return bool(data)

@@ -356,7 +356,9 @@ class Upstream:
             raise StartupError(f"--upstream {base_url!r} has a query or fragment, which it cannot have.")
         self._base = base_url.rstrip("/")
         # A backend of ours has to know by which name it was asked for; somebody else's goes by its own.
-        self.host = settings.upstream_host or (str(url.host_port_subcomponent) if url.scheme == "https" else "")
+        self.host = settings.upstream_host or (
+            str(url.host_port_subcomponent) if url.scheme == "https" else ""
+        )
         """What upstream is told as its name; "" for what the client said."""
         self._settings = settings
         self._session: aiohttp.ClientSession | None = None

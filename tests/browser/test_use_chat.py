@@ -275,6 +275,7 @@ def test_what_a_cut_connection_missed_is_shown_once(
             if transport != "relay":
                 tab.await_status("error")
                 tab.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+                tab.await_status("streaming")  # or the answer might be over before it is asked for
         agent.gate.open()
         tab.await_shown("Hi", GREETING, "Go on", "".join(PARTS))
         tab.await_status("ready")

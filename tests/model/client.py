@@ -108,6 +108,9 @@ class Connection:
     def response_started(self) -> bool:
         return self._client.status > 0
 
+    def add_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
+        assert not self.response_started
+
     def begin_stream(self) -> None:
         assert not self.response_started
 
