@@ -268,8 +268,9 @@ class RelayProtocol(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header field."""
-        if not self._resumes_body:
+        """A header field. Trailers are dropped: the parser tells them the same way, and they would be taken
+        for headers that whoever stands before relay has let through (RFC 9110 section 6.5.1)."""
+        if self._in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:

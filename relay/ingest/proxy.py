@@ -966,9 +966,17 @@ def _dialect_named_by(answer: Answer) -> Dialect | None:
 
 def _metadata_of(answer: Answer) -> str:
     text = answer.header(b"relay-metadata")
-    if text and (len(text) > METADATA_MAX_BYTES or parse_json(text.encode("latin-1")) is None):
+    if text and (len(text) > METADATA_MAX_BYTES or not _can_be_kept(text.encode("latin-1"))):
         raise UpstreamInvalid("Upstream's Relay-Metadata header is not JSON, or too large.")
     return text.encode("latin-1").decode(errors="replace")
+
+
+def _can_be_kept(metadata: bytes) -> bool:
+    parsed = parse_json(metadata)
+    try:
+        return parsed is not None and bool(orjson.dumps(parsed))
+    except TypeError:  # nested deeper than is written, though not than is read
+        return False
 
 
 def _kept_head(status: int, headers: Headers) -> str:
