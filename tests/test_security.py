@@ -543,3 +543,24 @@ def test_answers_are_not_remembered_without_a_time_for_it_nor_when_there_was_non
         await forward.close()
 
     asyncio.run(scenario())
+
+
+def test_every_key_is_compared_whichever_is_presented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests of one length, in constant time, and no sooner an end for a first key than for a last one."""
+    keys = [f"producer-key-number-{number}" for number in range(5)]
+    compared: list[tuple[int, int]] = []
+    real = hmac.compare_digest
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other)))
+        return real(one, other)
+
+    monkeypatch.setattr("relay.security.hmac.compare_digest", compare)
+    for presented in (keys[0], keys[-1]):
+        compared.clear()
+        assert grant_of(presented, jwt_secret="", producer_key=tuple(keys)) == PRODUCER
+        assert compared == [(32, 32)] * len(keys)
+    compared.clear()
+    with pytest.raises(Unauthorized):
+        grant_of("x", jwt_secret="", producer_key=tuple(keys))
+    assert compared == [(32, 32)] * len(keys)
