@@ -146,7 +146,7 @@ class Access:
         `Unauthorized`, `Forbidden`, `UnknownStream`, `CrossOrigin`, `AuthUnavailable`."""
         heads = Heads(scope)
         presented = _presented(scope, heads)
-        if presented is None or presented.place == "cookie":
+        if presented is None or presented.place != "header":  # all that a foreign page can have sent
             self._check_origin(scope, heads, has_cookie=bool(heads[b"cookie"]) and self.is_required)
         if not self.is_required:
             return EVERYTHING
@@ -194,12 +194,19 @@ class Access:
     async def may_name(self, scope: Scope, stream: str) -> bool:
         """Whether who sends a request to upstream may say itself which stream the answer goes to: with the
         right to write; without authentication, from this machine, and not for somebody else."""
+        if self.is_required:
+            return await self.may(scope, Right.WRITE, stream)
+        heads, client = Heads(scope), scope.get("client")
+        forwarded = heads.all_of(b"x-forwarded-for") or heads.all_of(b"forwarded")
+        return not forwarded and client is not None and is_loopback(client[0])
+
+    async def may(self, scope: Scope, right: Right, stream: str) -> bool:
+        """Whether who sends a request to upstream may do this by a credential of relay's, or because the
+        application says so; anybody may without authentication. Raises `AuthUnavailable`."""
         if not self.is_required:
-            heads, client = Heads(scope), scope.get("client")
-            forwarded = heads.all_of(b"x-forwarded-for") or heads.all_of(b"forwarded")
-            return not forwarded and client is not None and is_loopback(client[0])
+            return True
         try:
-            await self.grant(scope, Right.WRITE, stream)
+            await self.grant(scope, right, stream)
         except CallerError:
             return False
         return True
@@ -237,7 +244,7 @@ class Access:
         if scope["method"] in SAFE_METHODS:
             return
         site, origin = heads[b"sec-fetch-site"], heads[b"origin"]
-        if origin and self.allows_origin(origin):
+        if origin in self._origins or (origin and not has_cookie and self.allows_origin(origin)):
             return
         if site:
             is_own = site in ("same-origin", "none")
@@ -282,7 +289,8 @@ class Access:
 
 
 class Rate:
-    """How often each client asks: so often a second on average, and ten seconds' worth at once."""
+    """How often each client asks: so often a second on average, and ten seconds' worth at once. Of IPv6 it is
+    the network of 64 bits that is counted, because each customer has one of them."""
 
     def __init__(self, per_s: float, now: Callable[[], float]) -> None:
         self._per_s = per_s
@@ -291,7 +299,7 @@ class Rate:
 
     def take(self, client: str) -> None:
         """Count a request. Raises `TooManyRequests`."""
-        now = self._now()
+        now, client = self._now(), _network_of(client)
         # When this client's bucket is full again; one request delays that by its share of a second.
         full_at = max(now, self._full_at.get(client, now)) + 1 / self._per_s
         if full_at - now > max(BURST_S, 1 / self._per_s):
@@ -329,23 +337,30 @@ def _parts(cookies: str) -> Iterator[str]:
 
 
 def _presented(scope: Scope, heads: Heads) -> Presented | None:
-    own = _bearer(heads[b"relay-authorization"])
     if heads[b"relay-authorization"]:
-        return Presented(own, "header")
+        return Presented(_bearer(heads[b"relay-authorization"]), "header")
     is_ours = scope["path"].startswith("/relay/")
     value = _in_header(heads) if is_ours else None
     if value is not None:
         return Presented(value, "header")
-    for cookies in heads.all_of(b"cookie"):
-        for part in _parts(cookies):
-            name, _, value = part.partition("=")
-            if name.strip() == COOKIE:
-                return Presented(value.strip(), "cookie")
+    if own := set(_own_cookies(heads)):
+        if len(own) > 1:
+            # A neighbour's page (another host of the same site) can set one beside ours.
+            raise Unauthorized(f"There are several different cookies {COOKIE}.")
+        return Presented(own.pop(), "cookie")
     if b"token=" in scope["query_string"]:
         for name, value in parse_qsl(scope["query_string"].decode("latin-1")):
             if name == "token":
                 return Presented(value, "url")
     return None
+
+
+def _own_cookies(heads: Heads) -> Iterator[str]:
+    for cookies in heads.all_of(b"cookie"):
+        for part in _parts(cookies):
+            name, _, value = part.partition("=")
+            if name.strip() == COOKIE:
+                yield value.strip()
 
 
 def _in_header(heads: Heads) -> str | None:
@@ -387,6 +402,17 @@ def _is_in(address: str, networks: list[Network]) -> bool:
     except ValueError:
         return False
     return any(found in network for network in networks)
+
+
+def _network_of(client: str) -> str:
+    try:
+        address = ipaddress.ip_address(client.partition("%")[0])
+    except ValueError:
+        return client
+    if isinstance(address, ipaddress.IPv4Address):
+        return client
+    mapped = address.ipv4_mapped
+    return str(mapped or ipaddress.IPv6Address(int(address) >> 64 << 64))
 
 
 def _is_address(name: str) -> bool:

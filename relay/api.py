@@ -87,6 +87,9 @@ class Json(Response):
 
     media_type = JSON
 
+    def __init__(self, content: Any, status_code: int = 200) -> None:
+        super().__init__(content, status_code, {"cache-control": "no-store"})
+
     def render(self, content: Any) -> bytes:
         """Encode with orjson."""
         return orjson.dumps(content)

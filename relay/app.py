@@ -78,6 +78,9 @@ from relay.workers import Worker
 
 log = logging.getLogger("relay.app")
 
+_AS_DECLARED = (b"x-content-type-options", b"nosniff")
+"""What others wrote into a stream is never taken for a page of relay's own."""
+
 VISIT_S = 1.0
 """How often open readers, quiet streams and open runs are looked at, at least."""
 
@@ -301,7 +304,7 @@ class App:
             scope["extensions"].clear()  # or the request would know itself, and stay for the collector
 
     async def _own(self, scope: Scope, receive: Receive, send: Send) -> StreamAnswer | None:
-        scope["extensions"][CONNECTION].add_headers(self.access.cors(scope))
+        scope["extensions"][CONNECTION].add_headers([*self.access.cors(scope), _AS_DECLARED])
         if self.access.is_preflight(scope):
             await send_whole(204, self.access.preflight(scope), b"", send)
             return None
@@ -554,6 +557,10 @@ class Caller:
     async def may_name(self, stream: str) -> bool:
         """Whether its credential says so; without authentication, whether it is on this machine."""
         return await self._access.may_name(self._scope, stream)
+
+    async def may(self, right: str, stream: str) -> bool:
+        """Whether its credential says so; everybody may where there is no authentication."""
+        return await self._access.may(self._scope, Right(right), stream)
 
     async def check_named(self, stream: str) -> None:
         """Raises what `Access.check_named` does."""

@@ -268,8 +268,12 @@ def _work(worker: Worker, options: dict[str, Any]) -> None:
 async def _serve(settings: Settings, ready: Callable[[str], None], worker: Worker | None = None) -> None:
     """Run relay until it is told to stop. `ready` is called when it serves, with the URL where."""
     _check_bind(settings)
-    wanted = settings.readers_max + settings.open_runs_max
+    wanted = settings.connections_max + settings.open_runs_max
     allowed = allow_connections(wanted)
+    if allowed < wanted:
+        # A bound that cannot be reached would refuse nobody: the system would, and the journal's files too.
+        fewer = max(1, settings.connections_max * allowed // wanted)
+        settings = dataclasses.replace(settings, connections_max=fewer)
     async with contextlib.AsyncExitStack() as lasting:
         place = worker.socket() if worker else _listen(settings.host, settings.port)
         listener = lasting.enter_context(place)
@@ -294,8 +298,9 @@ async def _serve(settings: Settings, ready: Callable[[str], None], worker: Worke
             ready(url)
             if allowed < wanted:
                 log.info(
-                    "open files are limited to %d connections; readers and runs may be %d", allowed, wanted
-                )
+                    "open files are limited: of %d connections, %d may be of clients",
+                    allowed, settings.connections_max,
+                )  # fmt: skip
             await task
         finally:
             await app.close()

@@ -183,7 +183,7 @@ class RunRoutes:
             given["seal"] = {"true": True, "false": False}.get(given["seal"])
         if "metadata" in given:
             given["metadata"] = _parsed(given["metadata"].encode(), "'metadata'")
-        opening = _opening(stream, given, request, request.url.query.encode())
+        opening = _opening(stream, given, request, request.scope["query_string"])
         request.scope["extensions"][CONNECTION].may_be_silent = True
         parser = FORMATS[media_type](self._app.settings.frame_max_bytes)
         turn, receipt = await self._app.pushes.push_whole(opening, parser, _body(request.receive), end)
@@ -502,7 +502,9 @@ def _opening(stream: str, given: Mapping[str, Any], request: Request, body: byte
         if_busy=_word(given, "if_busy", IF_BUSY) or "allow",
     )
     headers = request.headers
-    scope = (request.url.path, headers.getlist("authorization"), headers.getlist("cookie"), key)
+    # Not of `request.url`, which Starlette builds with the Host that the client sent.
+    whose = (headers.getlist(name) for name in ("authorization", "cookie", "relay-authorization"))
+    scope = (request.scope["path"], *whose, key)
     return PushOpening(
         stream=stream,
         wishes=wishes,

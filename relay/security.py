@@ -59,6 +59,12 @@ ANSWER_MAX_BYTES = 256 * 1024
 DECISIONS_MAX = 20_000
 """Decisions on access that are remembered."""
 
+TIME_MAX = 2**53
+"""Largest time that a token may hold, in seconds."""
+
+# RFC 7515 section 3.1. PyJWT reads base64 leniently, and a token may become a cookie.
+_TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", re.ASCII)
+
 _PATTERN = re.compile(r"[A-Za-z0-9._~:*-]{1,200}", re.ASCII)
 
 
@@ -186,10 +192,13 @@ class Keyring:
         return found or await self._token(credential)
 
     async def _token(self, token: str) -> Grant:
+        refused = Unauthorized("The credential is no key and no token of this relay.")
+        if _TOKEN.fullmatch(token) is None:
+            raise refused
         try:
             head = jwt.get_unverified_header(token)
-        except jwt.PyJWTError:
-            raise Unauthorized("The credential is no key and no token of this relay.") from None
+        except (jwt.PyJWTError, RecursionError):
+            raise refused from None
         key, algorithm = await self._verifier(head)
         try:
             claims = jwt.decode(
@@ -227,8 +236,9 @@ class Keyring:
 
     def _granted(self, claims: dict[str, Any]) -> Grant:
         expires_at, begins_at = claims["exp"], claims.get("nbf", 0)
-        if not all(isinstance(moment, int | float) for moment in (expires_at, begins_at)):
-            raise Unauthorized("The token's times are not numbers.")
+        for moment in (expires_at, begins_at):
+            if not isinstance(moment, int | float) or not abs(moment) < TIME_MAX:  # nor NaN
+                raise Unauthorized("The token's times are not times.")
         if expires_at + LEEWAY_S <= self._now():
             raise Unauthorized("The token has expired.")
         if begins_at - LEEWAY_S > self._now():
@@ -340,7 +350,11 @@ class PublishedKeys:
         async with self._session.get(self._url, allow_redirects=False) as response:
             if response.status != 200:
                 raise ValueError(f"it answers {response.status}")
-            text = await response.content.read(ANSWER_MAX_BYTES)
+            text = bytearray()
+            async for data in response.content.iter_chunked(64 * 1024):
+                text += data
+                if len(text) > ANSWER_MAX_BYTES:
+                    raise ValueError(f"its answer is longer than {ANSWER_MAX_BYTES} bytes")
         keys: dict[tuple[str | None, str], Any] = {}
         for key in jwt.PyJWKSet.from_json(text.decode()).keys:
             for kind, algorithm in ((RSAPublicKey, "RS256"), (Ed25519PublicKey, "EdDSA")):
@@ -364,8 +378,9 @@ class Question:
 
     @property
     def of_who(self) -> bytes:
-        """What the answer depends on."""
-        parts = (self.authorization, self.cookie, self.right, self.stream)
+        """What the answer may depend on. Where the request goes is not part of it: `right` and `stream` say
+        what of that matters."""
+        parts = (self.authorization, self.cookie, self.right, self.stream, self.host, self.client)
         return hashlib.sha256("\0".join(parts).encode(errors="replace")).digest()
 
 

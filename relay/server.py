@@ -22,6 +22,16 @@ log = logging.getLogger("relay.server")
 HEAD_MAX_BYTES = 64 * 1024
 """Largest request head; llhttp itself has no bound."""
 
+HEADERS_MAX = 500
+"""Header fields of one request: each is looked at several times."""
+
+PIPELINED_MAX = 100
+"""Requests that a client may send ahead on one connection. One read holds thousands of small ones, and all of
+them would be set up at once."""
+
+REFUSED_MAX = 128
+"""Connections over `connections_max` that are still told so; more are closed without a word."""
+
 ABORT_AFTER_S = 10.0
 """A broken answer's connection is given so long to take the bytes that were written before."""
 
@@ -198,8 +208,8 @@ class Exchange:
         self._protocol.loop.call_later(ABORT_AFTER_S, transport.abort)
 
 
-class HeadTooLarge(Exception):
-    """A request head is larger than `HEAD_MAX_BYTES`."""
+class NotServed(Exception):
+    """Stops the parser at a request that was refused; it comes back by `send_400_response`."""
 
 
 class RelayProtocol(HttpToolsProtocol):
@@ -226,7 +236,10 @@ class RelayProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow._is_writable_event = Gate(is_set=True)  # type: ignore[assignment]
         self.pipeline = Pipeline()  # type: ignore[assignment]
-        if len(self.connections) > self.bounds.connections_max:
+        if len(self.connections) > self.bounds.connections_max + REFUSED_MAX:
+            self._refused = True
+            self.transport.abort()
+        elif len(self.connections) > self.bounds.connections_max:
             self._refuse(503, "Busy", "busy", "This relay has as many connections as it may.")
 
     def data_received(self, data: bytes) -> None:
@@ -255,8 +268,9 @@ class RelayProtocol(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header field."""
-        if not self._resumes_body:
+        """A header field. Trailers are dropped: the parser tells them the same way, and they would be taken
+        for headers that whoever stands before relay has let through (RFC 9110 section 6.5.1)."""
+        if self._in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -266,9 +280,13 @@ class RelayProtocol(HttpToolsProtocol):
         self._in_head = False
         self._head_bytes = 0
         self._heads += 1
-        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > HEAD_MAX_BYTES:
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > HEAD_MAX_BYTES or len(self.headers) > HEADERS_MAX:
             self._refuse_large_head()
-            raise HeadTooLarge  # stops the parser, which comes back by `send_400_response`
+            raise NotServed
+        if len(self.pipeline) >= PIPELINED_MAX:
+            self._refuse(429, "Too Many Requests", "too_many_requests", "Too many requests were sent ahead.")
+            raise NotServed
         super().on_headers_complete()
         self.cycle.message_event = Gate()  # type: ignore[assignment]
         exchange = Exchange(self, self.cycle)

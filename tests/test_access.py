@@ -679,6 +679,21 @@ def test_a_client_that_asks_too_often_is_told_to_wait() -> None:
         rate.take("a")
 
 
+def test_a_network_of_ipv6_is_one_client() -> None:
+    """Each customer has 2^64 addresses."""
+    rate = Rate(1.0, lambda: 0.0)
+    for number in range(10):
+        rate.take(f"2001:db8:1:2::{number:x}")
+    for same in ("2001:db8:1:2:ffff::1", "2001:db8:1:2::1%eth0"):
+        with pytest.raises(TooManyRequests):
+            rate.take(same)
+    rate.take("2001:db8:1:3::1")
+    for number in range(10):
+        rate.take(f"::ffff:192.0.2.{number}")
+    rate.take("192.0.2.1")
+    rate.take("a Unix socket")
+
+
 def test_limits_of_requests_and_readers_hold_for_each_client_and_stream(
     fresh_journal: Callable[[], str], name: str
 ) -> None:

@@ -267,6 +267,65 @@ def test_only_a_token_that_merely_reads_and_ends_soon_may_stand_in_a_url() -> No
             ring.for_url(grant)
 
 
+@pytest.mark.parametrize(
+    "more", [{"exp": float("nan")}, {"exp": float("inf")}, {"exp": 10**400}, {"nbf": float("nan")}]
+)
+def test_a_token_whose_times_are_no_times_grants_nothing(more: dict[str, Any]) -> None:
+    """NaN is neither before nor after now: it would never expire."""
+    with pytest.raises(Unauthorized):
+        grant_of(signed(**more))
+
+
+def test_a_token_is_nothing_but_three_words() -> None:
+    """Base64 is read leniently below us, and a token may become a cookie: nothing rides along."""
+    good = signed()
+    assert grant_of(good).streams == ("s",)
+    for more in (";;", "=; Domain=evil.example", "\r\nX: y", ",", " ", "\n", "=", ".x"):
+        with pytest.raises(Unauthorized):
+            grant_of(good + more)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"[" * 6000,
+        b'{"alg":"HS256","x":' + b"[" * 5900,
+        b'{"alg":"HS256","x":' + b"[" * 2900 + b"]" * 2900 + b"}",
+        b'{"alg":' + b"1" * 5900 + b"}",
+        b'{"alg":["HS256"]}',
+        b'{"alg":{"HS256":1}}',
+        b'{"alg":"HS256","crit":["b64"],"b64":false}',
+        b'{"alg":"hs256"}',
+        b'{"alg":"HS256\\u0000"}',
+        b'{"alg":"None"}',
+        b'"HS256"',
+        b"\xff\xfe",
+    ],
+    ids=lambda head: head[:24].decode("latin-1"),
+)
+def test_a_head_that_is_made_to_confuse_grants_nothing(head: bytes) -> None:
+    body = in_base64(json.dumps(claims()).encode())
+    signature = in_base64(hmac.new(SECRET.encode(), b"x", hashlib.sha256).digest())
+    with pytest.raises(Unauthorized):
+        grant_of(f"{in_base64(head)}.{body}.{signature}")
+
+
+def test_a_token_does_not_bring_its_own_key(rsa: RSAPrivateKey, web: Web, tmp_path: Path) -> None:
+    """What a head says of keys is what its writer says (RFC 8725 section 3.10)."""
+    jwk = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(rsa.public_key()))
+    web.answer = lambda request: (200, json.dumps({"keys": [jwk]}).encode())
+    pem = tmp_path / "key.pem"
+    pem.write_bytes(public_pem(generate_rsa_key(65537, 2048)))
+    for more in (
+        {"jwk": jwk}, {"jku": web.url}, {"x5u": web.url}, {"kid": web.url}, {"kid": "../../../../dev/null"},
+        {"kid": "' OR 1=1 --"}, {"kid": ""},
+    ):  # fmt: skip
+        for key, algorithm in ((rsa, "RS256"), ("no secret of thirty-two bytes, but known", "HS256")):
+            with pytest.raises(Unauthorized):
+                grant_of(jwt.encode(claims(), key, algorithm, headers=more), jwt_public_key=str(pem))
+    assert web.asked == []
+
+
 # What others are asked
 
 
@@ -365,6 +424,18 @@ def test_a_key_published_later_is_found(
     asyncio.run(scenario())
 
 
+def test_many_published_keys_are_read_whole(web: Web, rsa: RSAPrivateKey) -> None:
+    """They come in several pieces, and more than one read takes."""
+    jwk = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(rsa.public_key()))
+    keys = [jwk | {"kid": f"k{number}"} for number in range(300)]
+    web.answer = lambda request: (200, json.dumps({"keys": keys}).encode())
+    token = signed(rsa, "RS256", kid="k299")
+    assert grant_of(token, jwt_secret="", jwks_url=web.url).streams == ("s",)
+    web.answer = lambda request: (200, json.dumps({"keys": keys * 10}).encode())
+    with pytest.raises(AuthUnavailable):
+        grant_of(token, jwt_secret="", jwks_url=web.url)
+
+
 @pytest.mark.parametrize(
     "answer", [(500, b""), (302, b""), (200, b"no json"), (200, b'{"keys": []}')], ids=str
 )
@@ -442,11 +513,13 @@ def test_answers_are_remembered_for_the_same_who_and_what_alone(web: Web) -> Non
     async def scenario() -> None:
         forward = ForwardAuth(Settings(auth_url=web.url))
         await asyncio.gather(*(forward.grant(question()) for _ in range(20)))
-        await forward.grant(question(target="/other", client="192.0.2.9"))
+        await forward.grant(question(target="/other", method="POST"))
         assert len(web.asked) == 1
-        for count, other in enumerate(
-            ({"stream": "t"}, {"right": Right.CANCEL}, {"cookie": "session=2"}, {"authorization": ""}), 2
-        ):
+        others: list[dict[str, Any]] = [
+            {"stream": "t"}, {"right": Right.CANCEL}, {"cookie": "session=2"}, {"authorization": ""},
+            {"host": "another.example"}, {"client": "192.0.2.9"},
+        ]  # fmt: skip
+        for count, other in enumerate(others, 2):
             await forward.grant(question(**other))
             assert len(web.asked) == count
         await forward.close()
@@ -470,3 +543,24 @@ def test_answers_are_not_remembered_without_a_time_for_it_nor_when_there_was_non
         await forward.close()
 
     asyncio.run(scenario())
+
+
+def test_every_key_is_compared_whichever_is_presented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests of one length, in constant time, and no sooner an end for a first key than for a last one."""
+    keys = [f"producer-key-number-{number}" for number in range(5)]
+    compared: list[tuple[int, int]] = []
+    real = hmac.compare_digest
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other)))
+        return real(one, other)
+
+    monkeypatch.setattr("relay.security.hmac.compare_digest", compare)
+    for presented in (keys[0], keys[-1]):
+        compared.clear()
+        assert grant_of(presented, jwt_secret="", producer_key=tuple(keys)) == PRODUCER
+        assert compared == [(32, 32)] * len(keys)
+    compared.clear()
+    with pytest.raises(Unauthorized):
+        grant_of("x", jwt_secret="", producer_key=tuple(keys))
+    assert compared == [(32, 32)] * len(keys)

@@ -21,6 +21,7 @@ from relay.errors import (
     BodyTooLarge,
     Busy,
     Fenced,
+    Forbidden,
     InvalidName,
     InvalidParameter,
     JournalError,
@@ -70,6 +71,9 @@ _NOT_OF_A_STREAM = (
 # What a request tells relay about its run, and not upstream.
 _FOR_RELAY = (b"relay-authorization", b"relay-supersedes", b"relay-if-busy", b"relay-dialect")
 
+_OF_WHO = ("authorization", "cookie", "relay-authorization", "x-api-key", "api-key", "x-goog-api-key")
+"""What tells one caller of upstream from another: those with credentials in other places share their keys."""
+
 IF_BUSY = ("allow", "reject", "supersede")
 
 SUPERSEDES_MAX = 100
@@ -104,6 +108,10 @@ class Caller(Protocol):
 
     async def may_name(self, stream: str) -> bool:
         """Whether the caller may say itself which stream the answer goes to."""
+
+    async def may(self, right: str, stream: str) -> bool:
+        """Whether the caller may `read`, `write` or `cancel` in a stream by a right of its own, whatever
+        upstream answers."""
 
     async def check_named(self, stream: str) -> None:
         """Raises what a caller is told whose answer may not go to the stream that its request is about."""
@@ -372,6 +380,9 @@ class Proxy:
         """Open the run first; upstream is called behind the answer."""
         body = await self._whole_body(call.body, "for a request that is answered before it is sent")
         name = await self._name(call, body)
+        if name and not await call.caller.may("write", name):
+            # Upstream has not been asked yet whose stream it is, and the answer would bring a token for it.
+            raise Forbidden("Who has no right to write the stream cannot be answered before upstream has.")
         headers = _request_headers(call, b"prefer")
         headers += [(b"prefer", preference.encode("latin-1")) for preference in preferences]
         request = UpstreamRequest(call.method, call.target, headers, body)
@@ -399,13 +410,17 @@ class Proxy:
     async def _open(
         self, call: Call, body: AsyncIterator[bytes] | bytes | None, stream: str, wishes: RunWishes
     ) -> Passed | PassedWhole | RunAnswer:
-        if stream and wishes.supersede and call.method != "HEAD":
+        # Who has no right of its own to stop a run replaces it when upstream has answered, as it does for its
+        # own users alone.
+        begins = bool(stream) and wishes.supersede and call.method != "HEAD"
+        if begins and await call.caller.may("cancel", stream):
             if not isinstance(body, bytes):
                 body = await self._whole_body(body, "for a request whose run begins before it is sent")
             answered = await self._open_first(call, body, stream, wishes)
             if answered is not None:
                 return answered
-        await self._refuse_if_busy(stream, wishes)
+        if stream and wishes.if_busy == "reject" and await call.caller.may("read", stream):
+            await self._refuse_if_busy(stream)
         answer = await self._call(call, body)
         try:
             if not _is_stream(call.method, answer):
@@ -471,10 +486,8 @@ class Proxy:
     async def _call(self, call: Call, body: AsyncIterator[bytes] | bytes | None) -> Answer:
         return await self._upstream.call(call.method, call.target, _request_headers(call), body)
 
-    async def _refuse_if_busy(self, stream: str, wishes: RunWishes) -> None:
+    async def _refuse_if_busy(self, stream: str) -> None:
         """Spare upstream a call whose answer could not be journaled. The opening asks again, atomically."""
-        if not stream or wishes.if_busy != "reject":
-            return
         try:
             open_runs = (await self._journal.describe(stream)).open_runs
         except (JournalError, UnknownStream):
@@ -724,8 +737,7 @@ class Proxy:
         A key whose run the journal does not keep any more is 410 for the rest of its time. Calling upstream
         again would do twice what the key promises to do once; a new key asks for that."""
         scope = (
-            call.method, call.target, stream, call.all_of("authorization"), call.all_of("cookie"),
-            call.all_of("relay-authorization"), key,
+            call.method, call.target, stream, *(call.all_of(header) for header in _OF_WHO), key,
         )  # fmt: skip
         claimed = hashlib.sha256(orjson.dumps(scope)).hexdigest()
         digest = hashlib.sha256(body or b"").hexdigest()
@@ -954,9 +966,17 @@ def _dialect_named_by(answer: Answer) -> Dialect | None:
 
 def _metadata_of(answer: Answer) -> str:
     text = answer.header(b"relay-metadata")
-    if text and (len(text) > METADATA_MAX_BYTES or parse_json(text.encode("latin-1")) is None):
+    if text and (len(text) > METADATA_MAX_BYTES or not _can_be_kept(text.encode("latin-1"))):
         raise UpstreamInvalid("Upstream's Relay-Metadata header is not JSON, or too large.")
     return text.encode("latin-1").decode(errors="replace")
+
+
+def _can_be_kept(metadata: bytes) -> bool:
+    parsed = parse_json(metadata)
+    try:
+        return parsed is not None and bool(orjson.dumps(parsed))
+    except TypeError:  # nested deeper than is written, though not than is read
+        return False
 
 
 def _kept_head(status: int, headers: Headers) -> str:

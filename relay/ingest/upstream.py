@@ -119,7 +119,10 @@ def upstream_request(document: Any) -> UpstreamRequest:
         return UpstreamRequest(method, target, headers, body.encode(errors="replace"))
     if all(name != b"content-type" for name, _ in headers):
         headers.append((b"content-type", b"application/json"))
-    return UpstreamRequest(method, target, headers, orjson.dumps(body))
+    try:
+        return UpstreamRequest(method, target, headers, orjson.dumps(body))
+    except TypeError as error:
+        raise InvalidParameter(f"An upstream's body cannot be sent: {error}.") from None
 
 
 def _request_headers(given: Any) -> Headers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -364,8 +365,11 @@ def open_for_writing(path: Path, synchronous: str) -> sqlite3.Connection:
     if synchronous not in ("off", "normal", "full", "extra"):
         raise StartupError(f"'{synchronous}' is not a synchronous mode: say off, normal, full or extra.")
     try:
+        with contextlib.suppress(FileExistsError):
+            # For this user alone, as SQLite then makes its other files too: it is what people said.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         db = connect(path)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         raise StartupError(f"The journal {path} cannot be opened: {error}.") from error
     try:
         _prepare(db, path, synchronous)

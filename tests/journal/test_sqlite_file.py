@@ -143,3 +143,23 @@ def test_every_error_of_sqlite_that_is_not_our_mistake_has_a_name() -> None:
         error.sqlite_errorcode = code
         answer = sqlite_file.journal_error(error)
         assert (type(answer) if answer else None) is kind
+
+
+@on_a_loop
+async def test_a_new_journal_is_readable_by_its_user_alone(tmp_path: Path) -> None:
+    """It holds what people said; one that is there keeps the mode that it was given."""
+    before = os.umask(0o022)
+    try:
+        new, given = tmp_path / "new.db", tmp_path / "given.db"
+        given.touch(0o640)
+        for path in (new, given):
+            journal = SqliteJournal(path)
+            await journal.start(Notes())
+            files = [name for name in os.listdir(tmp_path) if name.startswith(path.name)]
+            modes = {name: os.stat(tmp_path / name).st_mode & 0o777 for name in files}
+            assert len(modes) > 1  # the log beside it, too
+            assert modes[path.name] == (0o600 if path is new else 0o640)
+            assert all(mode & 0o007 == 0 for mode in modes.values()), modes
+            await journal.close()
+    finally:
+        os.umask(before)
