@@ -165,7 +165,7 @@ def test_its_words_are_those_of_the_code() -> None:
     assert set(byes["properties"]["reason"]["enum"]) == {*set(ReaderEnd) - quietly, "busy", "not_yet"}
     endings = SCHEMAS["Diagnostics"]["properties"]["ended_readers"]["items"]["properties"]["reason"]
     assert set(endings["enum"]) == set(ReaderEnd)
-    assert SCHEMAS["RunOpening"]["properties"]["if_busy"]["anyOf"][0]["enum"] == [*IF_BUSY]
+    assert SCHEMAS["IfBusy"]["enum"] == [*IF_BUSY]
 
 
 def test_its_bounds_are_those_of_the_code() -> None:
