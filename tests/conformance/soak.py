@@ -37,9 +37,12 @@ def run_round(
             outcome = api_fuzz.Outcome(True, "")
         failed = [line for line in relay.log if "Traceback" in line or "a request failed" in line]
         alive = relay.get("/relay/healthz")[0] == 200
-    if outcome.passed and alive and not failed:
-        return ""
-    return "\n".join((outcome.said, *relay.log[-200:] if failed else (), "" if alive else "relay is not alive"))
+    wrong = [] if outcome.passed else [outcome.said]
+    if failed:
+        wrong += relay.log[-200:]
+    if not alive:
+        wrong.append("relay is not alive")
+    return "\n".join(wrong)
 
 
 def main() -> int:
