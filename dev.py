@@ -4,8 +4,9 @@
     python3 dev.py test  [args]   install what the tests need, then run pytest
     python3 dev.py check          ruff, mypy, and the style tests
     python3 dev.py bench [args]   run the benchmarks
-    python3 dev.py soak  [args]   run the model test, then the faults, each for --seconds (600), from --seed
-                                  on; `soak model` or `soak faults` runs one of them
+    python3 dev.py soak  [args]   run the model test, the faults, then requests made up from the API's
+                                  description, each for --seconds (600), from --seed on; `soak model`,
+                                  `soak faults` or `soak api` runs one of them
     python3 dev.py setup          install everything the commands above need, and run nothing
 
 Only the standard library is used, and the syntax stays readable to older Pythons, so that one of them
@@ -34,12 +35,19 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "relay-stamp"
 JS = ROOT / "tests" / "js"
 JS_STAMP = JS / "node_modules" / "relay-stamp"
+FUZZER = VENV / "fuzzer"
+FUZZER_STAMP = FUZZER / "relay-stamp"
+FUZZER_NEEDS = ROOT / "tests" / "conformance" / "fuzzer" / "requirements.txt"
 
 # One worker a core; each starts with a contiguous part of the tests, so module fixtures are made once or
 # twice, and takes from the other when done. `-n 0` after it turns this off.
 PYTEST = (str(PYTHON), "-m", "pytest", "-n", "auto", "--dist", "worksteal")
 
-SOAKS = ("model", "faults")
+SOAKS = {
+    "model": "tests/model/soak.py",
+    "faults": "tests/faults/soak.py",
+    "api": "tests/conformance/soak.py",
+}
 
 
 class Tool(NamedTuple):
@@ -266,6 +274,24 @@ def ensure_node_packages() -> None:
     JS_STAMP.write_text(wanted)
 
 
+# --- the fuzzer of the API -----------------------------------------------------------------------------
+
+
+def ensure_fuzzer() -> None:
+    """schemathesis in an environment of its own: what it needs of others does not fit our other tests."""
+    recipe = hashlib.sha256(FUZZER_NEEDS.read_bytes()).hexdigest()
+    wanted = f"{interpreter()}\n{recipe}\n"
+    if FUZZER_STAMP.is_file() and FUZZER_STAMP.read_text() == wanted:
+        return
+    say("installing the fuzzer of the API")
+    python = str(FUZZER / "bin" / "python")
+    if run(sys.executable, "-m", "venv", "--clear", str(FUZZER)) != 0 or run(
+        *(python, "-m", "pip", "install", "--disable-pip-version-check", "-q", "-r", str(FUZZER_NEEDS))
+    ):
+        stop("pip could not install it; the lines above say why. The next run starts afresh.")
+    FUZZER_STAMP.write_text(wanted)
+
+
 # --- the commands -------------------------------------------------------------------------------------
 
 
@@ -278,6 +304,7 @@ def setup(args: list[str]) -> int:
     ensure_venv("test")
     ensure_tools(REDIS, CHROMIUM, NODE, NPM, NGINX, CURL, OPENSSL)
     ensure_node_packages()
+    ensure_fuzzer()
     return 0
 
 
@@ -304,9 +331,11 @@ def bench(args: list[str]) -> int:
 def soak(args: list[str]) -> int:
     ensure_venv("test")
     ensure_tools(REDIS)
-    kinds = [args.pop(0)] if args and args[0] in SOAKS else SOAKS
+    kinds = [args.pop(0)] if args and args[0] in SOAKS else list(SOAKS)
+    if "api" in kinds:
+        ensure_fuzzer()
     for kind in kinds:
-        code = run(str(PYTHON), f"tests/{kind}/soak.py", *args)
+        code = run(str(PYTHON), SOAKS[kind], *args)
         if code != 0:
             return code
     return 0

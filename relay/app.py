@@ -51,6 +51,7 @@ from relay.ingest.upstream import TruncatedBody, Upstream, UpstreamRequest
 from relay.journal.base import Ended, Journal, Page
 from relay.lifecycle import OWNER_LOST, Ending, Reason, Status, ending
 from relay.metrics import Metrics
+from relay.openapi import openapi_routes
 from relay.push_api import push_routes
 from relay.reaper import Reaper
 from relay.replay.reader import Lease, Reader, ReaderEnd, Readers, cursor_gone, ended_at, find
@@ -113,10 +114,10 @@ class App:
             else Proxy(self._upstream, journal, settings, self.owned, self.tails, self._run_ended)
         )
         self.access = Access(settings)
-        routes = [*push_routes(self), *read_routes(self), *health_routes(self)]
+        routes = [*push_routes(self), *read_routes(self), *health_routes(self), *openapi_routes()]
         administration = admin_routes(self)
         self._api = Api(self, routes if settings.admin_addr else [*routes, *administration])
-        self._administration = Api(self, [*administration, *health_routes(self)])
+        self._administration = Api(self, [*administration, *health_routes(self), *openapi_routes()])
 
     # Life of the process
 

@@ -21,13 +21,13 @@ MEDIA_TYPES = {
 def browser_client_routes() -> list[Route]:
     """`GET /relay/static/relay-stream.js` and its types."""
     return [
-        Route(f"/relay/static/{name}", partial(_serve, (STATIC / name).read_bytes(), media_type))
+        Route(f"/relay/static/{name}", partial(serve_file, (STATIC / name).read_bytes(), media_type))
         for name, media_type in MEDIA_TYPES.items()
     ]
 
 
-async def _serve(body: bytes, media_type: str, request: Request) -> Response:
-    """Kept by browsers, and asked for anew: it changes with relay."""
+async def serve_file(body: bytes, media_type: str, request: Request) -> Response:
+    """A file that browsers keep and ask for anew: it changes with relay."""
     tag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
     headers = {"cache-control": "no-cache", "etag": tag, "content-type": media_type}
     if tag in request.headers.get("if-none-match", ""):

@@ -541,6 +541,8 @@ def _whole_number(given: Mapping[str, Any], name: str, most: int = NUMBER_MAX) -
     number = given.get(name)
     if number is None:
         return None
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)  # to JSON, 1.0 is a whole number
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= most:
         raise InvalidParameter(f"'{name}' is a whole number from 0 to {most}.", parameter=name)
     return number

@@ -72,7 +72,7 @@ def test_put_creates_a_stream_and_changes_what_it_names(relay: RelayProcess, nam
     again = ask(relay.port, "PUT", name, {"retention_s": 60, "max_bytes": 0})
     assert again.json["retention"] == {"max_frames": 7, "max_bytes": 0, "retention_s": 60}
     assert again.json["metadata"] == {"chat": [1]}
-    first = ask(relay.port, "PUT", name + "-2", {"max_frames": 3})
+    first = ask(relay.port, "PUT", name + "-2", {"max_frames": 3.0})  # a whole number, to JSON
     assert (first.status, first.json["retention"]) == (201, default | {"max_frames": 3})
 
 

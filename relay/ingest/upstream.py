@@ -129,7 +129,7 @@ def _request_headers(given: Any) -> Headers:
     if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
         raise InvalidParameter("An upstream's headers are an object of strings.")
     headers = [
-        (name.lower().encode(), value.strip().encode(errors="replace")) for name, value in given.items()
+        (name.lower().encode(), value.strip(" \t").encode(errors="replace")) for name, value in given.items()
     ]
     for name, value in headers:
         if _FIELD_NAME.fullmatch(name) is None or _NOT_IN_VALUE.search(value):

@@ -440,7 +440,8 @@ class Journal(Protocol):
 
     async def ended_runs(self, ended_after_ms: int, after: str, limit: int) -> Sequence[EndedRun]:
         """Runs that ended after that time, in the order of their endings; after `after`, the `place` of
-        another, if it is not empty. Complete for the newest 100,000 endings."""
+        another, if it is not empty. Complete for the newest 100,000 endings. Raises `InvalidParameter` for
+        what is no such place."""
 
     # Delivery of endings
 

@@ -38,6 +38,7 @@ runs, or says that the stream takes no further run; an empty one is a deletion. 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -53,6 +54,7 @@ from relay.cursor import Cursor, Extent
 from relay.errors import (
     Diverged,
     Fenced,
+    InvalidParameter,
     JournalUnavailable,
     Rewound,
     RunEnded,
@@ -124,6 +126,9 @@ LOOKED_AT_MS = 24 * 3600 * 1000
 
 _SEALED = b"sealed"
 """What tells followers; no other message begins like it."""
+
+# Of an ended run: when, and its member of the index.
+_PLACE = re.compile(r"([0-9]{1,18}) (.+)", re.ASCII | re.DOTALL)
 
 _MULTI = pack(b"MULTI")
 _EXEC = pack(b"EXEC")
@@ -468,9 +473,11 @@ class RedisJournal:
         found: list[EndedRun] = []
         from_ms, from_member = ended_after_ms + 1, b""
         if after:
-            text, _, member = after.partition(" ")
-            if int(text) >= from_ms:
-                from_ms, from_member = int(text), member.encode()
+            place = _PLACE.fullmatch(after)
+            if place is None:
+                raise InvalidParameter("No page of ended runs ended so.", parameter="after")
+            if int(place[1]) >= from_ms:
+                from_ms, from_member = int(place[1]), place[2].encode()
         skipped = 0
         while len(found) < limit:
             packed = pack(

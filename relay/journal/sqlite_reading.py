@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from relay.cursor import ORIGIN, Cursor
+from relay.errors import InvalidParameter
 from relay.frame import Frame
 from relay.journal.base import (
     EndedRun,
@@ -219,12 +221,19 @@ def list_due(db: sqlite3.Connection, now: int, limit: int) -> list[tuple[str, st
     ).fetchall()
 
 
+# Of an ended run: numbers that SQLite holds.
+_PLACE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})", re.ASCII)
+
+
 def list_ended(
     db: sqlite3.Connection, now: int, ended_after_ms: int, after: str, limit: int
 ) -> list[EndedRun]:
     """See `Journal.ended_runs`."""
     # By number within one ms, so that what is listed after a place ended after it.
-    after_ms, after_no = (int(part) for part in after.split("-")) if after else (0, 0)
+    place = _PLACE.fullmatch(after or "0-0")
+    if place is None:
+        raise InvalidParameter("No page of ended runs ended so.", parameter="after")
+    after_ms, after_no = int(place[1]), int(place[2])
     rows = db.execute(
         f"SELECT {RUN_COLUMNS}, coalesce(metadata, ''), coalesce(answer, ''), streams.name "
         "FROM runs JOIN streams ON streams.id = runs.stream_id LEFT JOIN run_texts ON run_id = runs.id "

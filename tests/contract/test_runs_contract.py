@@ -29,7 +29,16 @@ from contract.phrases import (
 )
 
 from relay.cursor import ORIGIN
-from relay.errors import Fenced, RunEnded, RunExists, SequenceGap, StreamSealed, UnknownRun, UnknownStream
+from relay.errors import (
+    Fenced,
+    InvalidParameter,
+    RunEnded,
+    RunExists,
+    SequenceGap,
+    StreamSealed,
+    UnknownRun,
+    UnknownStream,
+)
 from relay.frame import Event, run_ended, run_started
 from relay.journal.base import Appended, Ended, EndedRun, Journal, Opened, RunState, StreamTop, TakenOver
 from relay.lifecycle import Ending, Reason, Status, ending
@@ -670,6 +679,12 @@ async def test_ended_runs_are_listed_in_pages_in_the_order_of_their_endings(
         )
     after_all = await list_ended(journal, ended[-1].info.ended_ms, limit)
     assert stream not in [entry.stream for entry in after_all]
+
+
+@pytest.mark.parametrize("place", ["x", "5eb47777b016", "1", "1-", "1 ", "-1", "1-1-1", "9" * 5000])
+async def test_ended_runs_are_not_listed_after_what_is_no_place(journal: Journal, place: str) -> None:
+    with pytest.raises(InvalidParameter):
+        await journal.ended_runs(0, place, 10)
 
 
 async def test_ended_runs_of_deleted_streams_are_passed_over(

@@ -375,6 +375,7 @@ def test_a_request_of_relays_own_is_read(document: Any, request_: tuple[Any, ...
         {"path": "/a", "headers": {"a b": "c"}},
         {"path": "/a", "headers": {"": "c"}},
         {"path": "/a", "headers": {"a": "b\r\nc: d"}},
+        {"path": "/a", "headers": {"a": "b\n"}},
         {"path": "/a", "headers": {"caf\u00e9": "b"}},
         {"path": "/a", "url": "http://elsewhere.test/"},
     ],
