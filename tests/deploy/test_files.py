@@ -1,4 +1,4 @@
-"""The files of deploy/ are what the programs that read them take; they agree with each other and with relay."""
+"""The files of deploy/ are what the programs that read them take; they agree with each other and relay."""
 
 from __future__ import annotations
 
