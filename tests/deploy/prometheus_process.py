@@ -41,7 +41,7 @@ class Prometheus:
         (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
         rules = (PROMETHEUS / "alerts.yml").read_text()
         (directory / "alerts.yml").write_text(re.sub(r"\bfor: \w+", "for: 2s", rules))
-        port = _free_port()
+        port = free_port()
         command = [program, f"--config.file={directory / 'prometheus.yml'}"]
         command += [f"--storage.tsdb.path={directory / 'data'}", f"--web.listen-address=127.0.0.1:{port}"]
         with (directory / "log").open("wb") as log:
@@ -104,7 +104,8 @@ class Prometheus:
         _until(lambda: set(names) <= self.firing(), f"{names} fire", lambda: str(self.firing()))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody has."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

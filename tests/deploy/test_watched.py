@@ -9,6 +9,7 @@ import pytest
 
 from deploy.alerting import alerts
 from deploy.dashboard import document, panels
+from deploy.picture import page
 from deploy.scene import Scene
 from deploy.tools import tool
 
@@ -29,6 +30,9 @@ def test_every_panel_has_something_to_show(scene: Scene) -> None:
         for title, expr in asked:
             assert "$" not in expr, title
             assert scene.prometheus.await_values(expr), title
+        drawn = page(scene.prometheus)
+    assert drawn.count('class="value"') == sum(panel.kind == "stat" for panel in panels())
+    assert drawn.count("<polyline") >= sum(panel.kind == "timeseries" for panel in panels())
 
 
 def test_what_panels_and_alerts_ask_for_is_what_relay_tells(scene: Scene) -> None:
@@ -52,6 +56,10 @@ def test_alerts_fire_when_what_they_are_about_is_done_to_relay(scene: Scene) -> 
         scene.say_nothing()
         scene.resume_after_a_gap("short")
     prometheus.await_firing("RelayRunsFail", "RelayRunsEmpty", "RelayReadersReset", "RelayStaleWriters")
+
+    for _ in range(400):
+        assert scene.ask(0, "GET", "nothing", Authorization="Bearer of-somebody-else").status == 401
+    prometheus.await_firing("RelayRefusesStrangers")
 
     with redis.client() as client:
         client.config_set("maxmemory", int(client.info("memory")["used_memory"] * 1.1))
