@@ -83,6 +83,20 @@ NPM = Tool(
     {"apt-get": ("npm",), "brew": ("node",), "dnf": ("nodejs-npm",), "apk": ("npm",)},
 )
 
+PROMETHEUS = Tool(
+    "prometheus",
+    ("prometheus",),
+    {"apt-get": ("prometheus",), "brew": ("prometheus",), "apk": ("prometheus",)},
+)
+CADDY = Tool(
+    "caddy",
+    ("caddy",),
+    {"apt-get": ("caddy",), "brew": ("caddy",), "dnf": ("caddy",), "apk": ("caddy",)},
+)
+
+# Debian starts them as services of the same names.
+SERVICES = (REDIS, PROMETHEUS, CADDY)
+
 INSTALL = {
     "apt-get": ("apt-get", "install", "-y", "-q", "--no-install-recommends"),
     "brew": ("brew", "install"),
@@ -190,10 +204,20 @@ def ensure_tools(*tools: Tool) -> None:
         stop(f"the tests need {names}, and there is no apt-get, brew, dnf or apk here; install by hand")
     for tool in missing:
         install(manager, *tool.packages[manager])
-        if tool is REDIS and manager == "apt-get":
-            stop_new_service()
+        if tool in SERVICES and manager == "apt-get":
+            stop_new_service(tool.name)
         if not found(tool):
             stop(f"{manager} installed a package for {tool.name}, but none of its programs is on the PATH")
+
+
+def ensure_welcome(*tools: Tool) -> None:
+    """As `ensure_tools`, of what single tests are skipped without; not every manager has a package of it."""
+    manager = next((name for name in INSTALL if shutil.which(name)), "")
+    for tool in tools:
+        if manager in tool.packages:
+            ensure_tools(tool)
+        elif not found(tool):
+            say(f"there is no package of {tool.name} here; the tests that run it are skipped")
 
 
 def install(manager: str, *packages: str) -> None:
@@ -226,10 +250,10 @@ def as_root(manager: str, *command: str) -> tuple[int, str]:
     return outcome.returncode, outcome.stdout
 
 
-def stop_new_service() -> None:
+def stop_new_service(name: str) -> None:
     """The tests start servers of their own. systemd starts a freshly installed one whatever RUNLEVEL says."""
     if Path("/run/systemd/system").is_dir() and shutil.which("systemctl"):
-        as_root("systemctl", "systemctl", "disable", "--now", "redis-server")
+        as_root("systemctl", "systemctl", "disable", "--now", name)
 
 
 # --- the JavaScript SDKs that the tests try ------------------------------------------------------------
@@ -258,6 +282,7 @@ def demo(args: list[str]) -> int:
 def setup(args: list[str]) -> int:
     ensure_venv("test")
     ensure_tools(REDIS, CHROMIUM, NODE, NPM)
+    ensure_welcome(PROMETHEUS, CADDY)
     ensure_node_packages()
     return 0
 
