@@ -122,6 +122,6 @@ class AdminRoutes:
     async def metrics(self, request: Request) -> Response:
         """For Prometheus."""
         app = self._app
+        app.metrics.journal_is(await app.examine_journal())
         app.measure()
-        app.metrics.journal_up.set(await _journal_state(app) == "up")
         return Response(app.metrics.exposition(), headers={"content-type": CONTENT_TYPE})

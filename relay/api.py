@@ -238,9 +238,10 @@ class EventsEndpoint:
         try:
             grant = await self._app.access.grant(scope, Right.READ, stream)
             scope[_ANSWER] = await self._read(stream, request, grant, scope, send)
-        except (Busy, JournalError):
+        except (Busy, JournalError) as error:
             if not _can_be_asked_back(request):
                 raise
+            self._app.counts.refusals[error.code] += 1
             await self._ask_to_come_back(stream, request, "drain" if self._app.draining else "busy", send)
 
     async def _read(
@@ -277,6 +278,7 @@ class EventsEndpoint:
             raise cursor_gone(standing, page)
         client = self._app.access.client(scope)
         self._app.check_room(stream, client)
+        self._app.counts.replay_frames.observe(max(0, page.extent.top.seq - position.seq))
         reader = Reader(
             self._app.tails,
             stream,

@@ -18,6 +18,7 @@ import orjson
 from relay.access import Access, without_own_cookie
 from relay.admin_api import admin_routes, health_routes
 from relay.api import Api, read_routes, run_object
+from relay.counts import Counts
 from relay.cursor import RESUME_PREFIX, Cursor, ResumeId, Standing, judge, parse_resume_id
 from relay.diagnostics import Colleagues, Diagnostics
 from relay.dialects.detect import BY_NAME, RAW
@@ -48,7 +49,7 @@ from relay.ingest.proxy import (
 )
 from relay.ingest.push import Pushes
 from relay.ingest.upstream import TruncatedBody, Upstream, UpstreamRequest
-from relay.journal.base import Ended, Journal, Page
+from relay.journal.base import Condition, Ended, Journal, Page
 from relay.lifecycle import OWNER_LOST, Ending, Reason, Status, ending
 from relay.metrics import Metrics
 from relay.openapi import openapi_routes
@@ -94,18 +95,21 @@ class App:
         self.settings = settings
         self.journal = journal
         self.place = place
-        self.metrics = Metrics(place.directory if place else "")
-        self.tails = Tails(journal, settings)
+        kind = "sqlite" if settings.journal.startswith("sqlite:") else "redis"
+        self.metrics = Metrics(place.directory if place else "", kind)
+        self.counts = Counts()
+        self._reconnects = 0
+        self.tails = Tails(journal, settings, self.counts)
         self.readers = Readers(settings.heartbeat_s, settings.write_timeout_s)
         self.draining = False
         self.diagnostics = Diagnostics()
         self._colleagues = (
             None if place is None else Colleagues(place.number, place.count, place.directory, self._holdings)
         )
-        self.owned = OwnedRuns(settings, self._run_ended, self.tails.seen)
+        self.owned = OwnedRuns(settings, self._run_ended, self.tails.seen, self.counts)
         self.pushes = Pushes(journal, settings, self.owned, self._run_ended)
         self._reaper = Reaper(journal, settings, self.owned.name, self._reaped, time.monotonic)
-        self._webhook = Webhook(journal, settings) if settings.webhook_url else None
+        self._webhook = Webhook(journal, settings, self.counts) if settings.webhook_url else None
         self._workers: list[asyncio.Task[None]] = []
         self._upstream = Upstream(settings.upstream, settings) if settings.upstream else None
         self._proxy = (
@@ -123,7 +127,8 @@ class App:
 
     async def start(self) -> None:
         """Connect to the journal; raises `StartupError`."""
-        await self.journal.start(self.tails, self.owned)
+        for orphan in await self.journal.start(self.tails, self.owned):
+            self._reaped(*orphan)
         if self._upstream is not None:
             await self._upstream.start()
         if self._colleagues is not None:
@@ -138,6 +143,7 @@ class App:
     async def drain(self) -> None:
         """Send readers away and let open runs finish."""
         self.draining = True
+        self.metrics.draining.set(1)
         self.readers.drain()
         draining = [self.pushes.drain()]
         if self._proxy is not None:
@@ -157,6 +163,7 @@ class App:
         if self._upstream is not None:
             await self._upstream.close()
         await self.access.close()
+        self.measure()
         self.tails.close()
         await self.journal.close()
 
@@ -209,6 +216,7 @@ class App:
     def _reaped(self, stream: str, run: str, ended: Ended) -> None:
         reason = Reason(ended.reason)
         end = OWNER_LOST if reason is Reason.OWNER_LOST else ending(reason)
+        self.counts.orphans_reaped += end.status is Status.LOST
         self._run_ended(stream, run, end, ended.text_bytes)
 
     @property
@@ -223,11 +231,28 @@ class App:
         return await self._proxy.start_run(stream, request, wishes)
 
     def measure(self) -> None:
-        """Write down what this process holds now."""
-        self.metrics.open_readers.set(len(self.readers))
-        self.metrics.open_runs.set(self.open_runs)
-        self.metrics.followed_streams.set(len(self.tails))
-        self.metrics.ring_bytes.set(self.tails.held_bytes)
+        """Write down what this process holds now, and what it has counted."""
+        metrics, now = self.metrics, self.tails.now()
+        metrics.open_readers.set(len(self.readers))
+        metrics.open_runs.set(self.open_runs)
+        metrics.followed_streams.set(len(self.tails))
+        metrics.ring_bytes.set(self.tails.held_bytes)
+        # Who is of a cohort is written to with the next flush, so that only others can fall behind.
+        metrics.reader_lag.set(max((r.lag for r in self.readers if r.cohort is None), default=0))
+        pumps = () if self._proxy is None else self._proxy.pumps
+        metrics.oldest_open_run.set(now - min((pump.started_at for pump in pumps), default=now))
+        metrics.longest_silence.set(now - min((pump.writer.heard_at for pump in pumps), default=now))
+        reconnects = self.journal.reconnects
+        self.counts.journal_reconnects += max(0, reconnects - self._reconnects)
+        self._reconnects = reconnects
+        metrics.take(self.counts)
+
+    async def examine_journal(self) -> Condition | None:
+        """How the journal is; None when it does not answer."""
+        try:
+            return await self.journal.condition()
+        except JournalError:
+            return None
 
     async def diagnosis(self) -> dict[str, Any]:
         """What the workers of this port hold open, and how what they held ended."""
@@ -295,14 +320,18 @@ class App:
         except ClientGone:
             pass
         except RelayError as error:
-            await send_problem(error, send)
+            await self._refuse(error, send)
         except Exception:
             if scope["extensions"][CONNECTION].response_started:
                 raise  # uvicorn breaks the connection
             log.exception("a request failed: %s %s", scope["method"], scope["path"])
-            await send_problem(RelayError("relay failed; its log says why."), send)
+            await self._refuse(RelayError("relay failed; its log says why."), send)
         finally:
             scope["extensions"].clear()  # or the request would know itself, and stay for the collector
+
+    async def _refuse(self, error: RelayError, send: Send) -> None:
+        self.counts.refusals[error.code] += 1
+        await send_problem(error, send)
 
     async def _own(self, scope: Scope, receive: Receive, send: Send) -> StreamAnswer | None:
         scope["extensions"][CONNECTION].add_headers([*self.access.cors(scope), _AS_DECLARED])
@@ -341,6 +370,7 @@ class App:
                 await _send_started(opened, self._token_headers(opened.stream), send)
             elif opened.info is None:
                 # A run opened just now is not refused its first reader: upstream was called for it.
+                self.counts.replay_frames.observe(0)
                 found = self._run_from(opened, opened.start, None, browser, client)
                 found.headers += self._token_headers(opened.stream)
                 return found
@@ -459,6 +489,7 @@ class App:
             raise cursor_gone(standing, page)
         if presented is not None:
             self.metrics.resumed("resumed")
+        self.counts.replay_frames.observe(max(0, page.extent.top.seq - after.seq))
         return self._run_from(answer, after, ended_at(info), browser, client)
 
     def _run_from(
@@ -534,6 +565,7 @@ class App:
     async def _ask_to_come_back(self, error: RelayError, send: Send) -> None:
         """A browser's EventSource gives up for ever on anything but 200; this makes it try again."""
         log.warning("a browser is asked to come back: %s", error)
+        self.counts.refusals[error.code] += 1
         headers = [(b"content-type", EVENT_STREAM.encode()), *STREAMING_HEADERS]
         await send_whole(200, headers, b"retry: %d\n\n" % self.tails.retry_ms(), send)
 

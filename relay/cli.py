@@ -281,7 +281,7 @@ async def _serve(settings: Settings, ready: Callable[[str], None], worker: Worke
         try:
             await app.start()
             await lasting.enter_async_context(_administration(app, settings, shared=worker is not None))
-            serving = server(app, app.drain, settings)
+            serving = server(app, app.drain, settings, counts=app.counts)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, serving.handle_exit, number, None)
@@ -316,7 +316,7 @@ async def _administration(app: App, settings: Settings, *, shared: bool) -> Asyn
     if shared and not port:
         raise StartupError("--admin-addr needs a port of its own with --workers.")
     with _listen(host, port, shared=shared) as listener:
-        serving = server(app.administration, _nothing, settings, grace_s=1)
+        serving = server(app.administration, _nothing, settings, grace_s=1, counts=app.counts)
         task = await _started(serving, listener)
         click.echo(f"relay's administration is on {_url(listener)}")
         try:

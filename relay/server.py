@@ -14,6 +14,7 @@ import orjson
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from relay.counts import Counts
 from relay.replay.response import CONNECTION, Head
 from relay.settings import Settings
 
@@ -31,6 +32,9 @@ them would be set up at once."""
 
 REFUSED_MAX = 128
 """Connections over `connections_max` that are still told so; more are closed without a word."""
+
+REFUSALS = ("busy", "request_timeout", "malformed_request", "head_too_large", "too_many_requests")
+"""Codes of what is refused before there is a request."""
 
 ABORT_AFTER_S = 10.0
 """A broken answer's connection is given so long to take the bytes that were written before."""
@@ -223,6 +227,7 @@ class RelayProtocol(HttpToolsProtocol):
     )  # fmt: skip
 
     bounds = Settings()
+    counts = Counts()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin without any request."""
@@ -350,6 +355,7 @@ class RelayProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, title: str, code: str, detail: str) -> None:
         self._refused = True
+        self.counts.refusals[code] += 1
         under_way = [exchange.cycle for exchange in self._under_way()]
         self._disconnect()
         # The refusal must not be taken for the answer to an earlier request, or for a piece of it.
@@ -446,16 +452,22 @@ def allow_connections(wanted: int) -> int:
 
 
 def server(
-    app: Any, drain: Callable[[], Awaitable[None]], settings: Settings, grace_s: float = 5.0
+    app: Any,
+    drain: Callable[[], Awaitable[None]],
+    settings: Settings,
+    grace_s: float = 5.0,
+    counts: Counts | None = None,
 ) -> RelayServer:
     """A server for one ASGI application; sockets are given to its `serve`. Connections that are still open
-    after drain get `grace_s` to end."""
+    after drain get `grace_s` to end. What it refuses by itself is counted in `counts`."""
+    counted = counts or Counts()
 
     class Protocol(RelayProtocol):
         """With the bounds of these settings."""
 
         __slots__ = ()
         bounds = settings
+        counts = counted
 
     config = uvicorn.Config(
         app,

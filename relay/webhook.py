@@ -27,6 +27,7 @@ import orjson
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from relay.counts import DELIVERED, GIVEN_UP, RETRIED, Counts
 from relay.errors import JournalError, StartupError, UnknownRun, UnknownStream
 from relay.frame import timestamp
 from relay.journal.base import Delivery, Journal
@@ -86,6 +87,7 @@ class Webhook:
         self,
         journal: Journal,
         settings: Settings,
+        counts: Counts | None = None,
         *,
         wall_s: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
@@ -93,6 +95,7 @@ class Webhook:
     ) -> None:
         self._journal = journal
         self._settings = settings
+        self._counts = counts or Counts()
         self._url = _checked_url(settings.webhook_url, settings.webhook_allow_private)
         self._keys = _checked_secrets(settings.webhook_secret)
         self._wall_s = wall_s
@@ -192,10 +195,12 @@ class Webhook:
             if delay_s is not None:
                 delay_s *= 1 + JITTER * (2 * self._jitter() - 1)
                 log.warning("not delivered %s tries=%d again_s=%.0f: %s", where, tries + 1, delay_s, failure)
+                self._counts.webhook_deliveries[RETRIED] += 1
                 await self._journal.postpone_delivery(stream, run, delay_s)
                 return
             if failure:
                 log.error("never delivered, given up %s tries=%d: %s", where, tries + 1, failure)
+                self._counts.webhook_deliveries[GIVEN_UP] += 1
             await self._journal.settle_delivery(stream, run)
         except JournalError as error:
             log.warning("the outcome is not noted %s: %s", where, error)
@@ -226,10 +231,12 @@ class Webhook:
             return _reason(error)
         if status == 410:
             log.warning("given up, the receiver wants no more stream=%s run=%s: it answered 410", stream, run)
+            self._counts.webhook_deliveries[GIVEN_UP] += 1
             return ""
         if not 200 <= status <= 299:
             return f"the receiver answered {status}"
         log.info("delivered stream=%s run=%s tries=%d", stream, run, tries + 1)
+        self._counts.webhook_deliveries[DELIVERED] += 1
         return ""
 
     async def _body(self, stream: str, run: str) -> bytes:

@@ -13,6 +13,7 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 
+from relay.counts import Counts
 from relay.cursor import ORIGIN, Cursor
 from relay.dialects.detect import error_events
 from relay.errors import CallerError, Diverged, JournalError, Rewound, UnknownRun, UnknownStream
@@ -57,13 +58,19 @@ class OwnedRuns:
     """The registry of this process's runs, and the journal's `RunOwner`.
 
     Make it in the process that serves, after every fork: two processes of one name would take each other's
-    runs for their own. `on_ended` is told of every run ended here; `seen` is as for `HeldMemory`.
+    runs for their own. `on_ended` is told of every run ended here; `seen` is as for `HeldMemory`; what is
+    done with runs is counted in `counts`.
     """
 
     def __init__(
-        self, settings: Settings, on_ended: OnEnded, seen: Callable[[str], int] = lambda stream: 0
+        self,
+        settings: Settings,
+        on_ended: OnEnded,
+        seen: Callable[[str], int] = lambda stream: 0,
+        counts: Counts | None = None,
     ) -> None:
         self.name = secrets.token_urlsafe(16)
+        self.counts = counts or Counts()
         self.memory = HeldMemory(settings.held_total_max_bytes, seen)
         self._settings = settings
         self._on_ended = on_ended
@@ -195,6 +202,7 @@ class OwnedRuns:
         ended = await journal.end_run(*key, end, error_events(end), owner=self.name)
         if ended.by_this:
             log.warning("run ended stream=%s run=%s status=%s reason=%s", *key, end.status, end.reason)
+            self.counts.orphans_reaped += end.reason is Reason.OWNER_LOST
             self._on_ended(*key, end, ended.text_bytes)
 
 

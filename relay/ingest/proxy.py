@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import orjson
 
+from relay.counts import PROXIED
 from relay.cursor import Cursor
 from relay.dialects.base import Dialect
 from relay.dialects.detect import BY_NAME, by_head
@@ -625,7 +626,8 @@ class Proxy:
         self, opening: RunOpening, pump_of: Callable[[RunWriter], SomePump], awaited: bool
     ) -> tuple[SomePump, Opened]:
         """Open a run and start its pump. `awaited` says that a client is going to read it."""
-        writer = RunWriter(self._journal, opening, self._settings, self._owned.memory)
+        counts = self._owned.counts
+        writer = RunWriter(self._journal, opening, self._settings, self._owned.memory, counts)
         pump = pump_of(writer)
         self._owned.add(writer, pump.over)
         done = asyncio.get_running_loop().create_future()
@@ -647,6 +649,7 @@ class Proxy:
         finally:
             self._openings.discard(done)
             done.set_result(None)
+        counts.journaled[PROXIED].runs += 1
         started = writer.opened(opened)
         if awaited and started is not None and started.seq == 1:
             self._audience.opened(opening.stream, started, opening.seal)

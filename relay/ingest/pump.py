@@ -113,6 +113,8 @@ class Pump:
         self.text_bytes = 0
         self._answer = answer
         self._parser = parser
+        self._is_silent = True
+        """Whether upstream has said nothing yet."""
         self._in_hand: Sequence[Event] = ()
         self._in_hand_text = 0
         self._kept_head = ""
@@ -245,6 +247,10 @@ class Pump:
         end: Ending | None = None
         text_bytes = 0
         accepted = 0
+        if self._is_silent and events and self._answer is not None:
+            self._is_silent = False
+            waited_s = asyncio.get_running_loop().time() - self._answer.asked_at
+            self.writer.counts.upstream_first_frame.observe(waited_s)
         for event in events:
             if event.event:  # most have none, which needs no check
                 try:

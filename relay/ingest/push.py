@@ -14,10 +14,12 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import orjson
 
+from relay.counts import PUSHED, Counts
 from relay.cursor import ORIGIN, Cursor
 from relay.dialects.base import Dialect
 from relay.dialects.detect import BY_NAME, RAW, by_first_event, error_events
@@ -124,7 +126,13 @@ class Push:
     """
 
     def __init__(
-        self, journal: Journal, writer: RunWriter, dialect: Dialect | None, seq: int, owned: bool
+        self,
+        journal: Journal,
+        writer: RunWriter,
+        dialect: Dialect | None,
+        seq: int,
+        owned: bool,
+        counts: Counts,
     ) -> None:
         self.receipt = Receipt()
         self.writer = writer
@@ -136,6 +144,7 @@ class Push:
         """How the run is to end because of it."""
         self._journal = journal
         self._seq = seq
+        self._counts = counts
         self._acknowledged = ORIGIN
         self._task: asyncio.Task[Any] | None = None
         """Reads the body."""
@@ -193,12 +202,18 @@ class Push:
                 writer.next_seq = self._seq
             done = await writer.append(events, text_bytes, dialect, end, error_event)
         else:
-            done = await self._journal.append(
-                Append(
-                    writer.stream, writer.run, writer.token, 0, events, text_bytes, dialect, end,
-                    error_event, acknowledged=self._acknowledged,
-                )
-            )  # fmt: skip
+            began = perf_counter()
+            try:
+                done = await self._journal.append(
+                    Append(
+                        writer.stream, writer.run, writer.token, 0, events, text_bytes, dialect, end,
+                        error_event, acknowledged=self._acknowledged,
+                    )
+                )  # fmt: skip
+            except (Fenced, RunEnded):
+                self._counts.fenced_appends += 1
+                raise
+            self._counts.appended(PUSHED, events, done.appended, perf_counter() - began)
             self._acknowledged = done.last
         if self._seq:
             self._seq += len(events)
@@ -293,6 +308,7 @@ class Pushes:
         self._settings = settings
         self._owned = owned
         self._on_ended = on_ended
+        self._counts = owned.counts
         self._known: dict[tuple[str, str, str], RunOpening] = {}
         self._bodies: dict[Push, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -360,7 +376,9 @@ class Pushes:
         return Turn(stream, run, writer, info.start, taken.next_seq)
 
     async def _opened(self, wanted: RunOpening) -> Opened:
-        return await open_run(self._journal, wanted, self._settings.journal_timeout_s, self._on_ended)
+        opened = await open_run(self._journal, wanted, self._settings.journal_timeout_s, self._on_ended)
+        self._counts.journaled[PUSHED].runs += 1
+        return opened
 
     # Frames
 
@@ -437,7 +455,7 @@ class Pushes:
             raise Busy("This relay is shutting down.")
         wanted = self._wanted(opening, owner=self._owned.name)
         writer = self._writer(wanted)
-        push = Push(self._journal, writer, BY_NAME.get(wanted.dialect), 1, True)
+        push = Push(self._journal, writer, BY_NAME.get(wanted.dialect), 1, True, self._counts)
         self._owned.add(writer, partial(push.stop, Fenced("The run was ended or taken over.")))
         timer: asyncio.TimerHandle | None = None
         try:
@@ -504,11 +522,13 @@ class Pushes:
             del self._bodies[push]
 
     def _writer(self, opening: RunOpening) -> RunWriter:
-        return RunWriter(self._journal, opening, self._settings, self._owned.memory)
+        memory = self._owned.memory
+        return RunWriter(self._journal, opening, self._settings, memory, self._counts, PUSHED)
 
     def _push(self, known: RunOpening, seq: int) -> Push:
         """A push into a run that is not this process's."""
-        return Push(self._journal, self._writer(known), BY_NAME.get(known.dialect), seq, False)
+        dialect = BY_NAME.get(known.dialect)
+        return Push(self._journal, self._writer(known), dialect, seq, False, self._counts)
 
     async def _run(self, stream: str, run: str, writer: str) -> RunOpening:
         """What has to be known of a run to push into it; its dialect is empty as long as nothing tells it."""
@@ -538,21 +558,18 @@ class Pushes:
 
         Raises `UnknownStream`, `UnknownRun`."""
         end = ending(Reason.CLIENT_CANCEL, error)
+        began = perf_counter()
         ended = await self._journal.end_run(stream, run, end, error_events(end))
         if ended.by_this:
+            self._counts.cancel_to_end.observe(perf_counter() - began)
             _log_ended(stream, run, end)
             self._on_ended(stream, run, end, ended.text_bytes)
         return await self._journal.run(stream, run)
 
     async def delete(self, stream: str) -> None:
         """Delete a stream, whether or not there is one."""
-        try:
-            open_runs = (await self._journal.describe(stream)).open_runs
-        except UnknownStream:
-            open_runs = ()
-        await self._journal.delete(stream)
         end = ending(Reason.STREAM_DELETED)
-        for run in open_runs:
+        for run in await self._journal.delete(stream):
             _log_ended(stream, run, end)
             self._on_ended(stream, run, end, 0)
 

@@ -144,7 +144,7 @@ def _request_headers(given: Any) -> Headers:
 class Answer:
     """The head of upstream's answer, and its body to be read once."""
 
-    def __init__(self, response: aiohttp.ClientResponse, idle_s: float) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, idle_s: float, asked_at: float = 0.0) -> None:
         """Raises `UpstreamInvalid` for a head that cannot be passed on."""
         self.status = response.status
         self.headers: Headers = [(name.lower(), value) for name, value in response.raw_headers]
@@ -157,6 +157,8 @@ class Answer:
             # RFC 9112 section 6.3: a length beside it says nothing.
             self.headers = [(name, value) for name, value in self.headers if name != b"content-length"]
         self._response = response
+        self.asked_at = asked_at
+        """When upstream was asked, on the loop's clock."""
         self.idle_s = idle_s or None
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
@@ -404,6 +406,7 @@ class Upstream:
             fields["Host"] = self.host
         limit_s = self._settings.upstream_header_timeout_s
         upload = None
+        asked_at = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(limit_s) as limit:
                 if body is not None and not isinstance(body, bytes):
@@ -431,7 +434,7 @@ class Upstream:
             if upload is not None:
                 upload.answered = True
         try:
-            return Answer(response, self._settings.upstream_idle_s)
+            return Answer(response, self._settings.upstream_idle_s, asked_at)
         except UpstreamInvalid:
             response.close()
             raise

@@ -8,10 +8,12 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import orjson
 
+from relay.counts import PROXIED, Counts
 from relay.cursor import ORIGIN, Cursor
 from relay.errors import Diverged, Fenced, JournalError, Rewound, RunEnded
 from relay.frame import CONTROL_EVENT, Event, Frame, run_started
@@ -75,10 +77,18 @@ class RunWriter:
 
     `acknowledged` is the id of the run's newest frame as far as the journal told, `ended` the ending it took.
     A writer that does not begin its run is told where the run stands by setting `next_seq` and
-    `acknowledged`. `release` it in the end.
+    `acknowledged`. `release` it in the end. What it does is counted as of `source`.
     """
 
-    def __init__(self, journal: Journal, opening: RunOpening, settings: Settings, memory: HeldMemory) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        opening: RunOpening,
+        settings: Settings,
+        memory: HeldMemory,
+        counts: Counts | None = None,
+        source: str = PROXIED,
+    ) -> None:
         self.stream = opening.stream
         self.run = opening.run
         self.next_seq = 1
@@ -93,6 +103,8 @@ class RunWriter:
         self._opening = opening
         self._settings = settings
         self._memory = memory
+        self.counts = counts or Counts()
+        self._source = source
         self._held: deque[tuple[Any, ...]] = deque()
         self._held_bytes = 0
         self._last_words: Event | None = None
@@ -135,6 +147,7 @@ class RunWriter:
         pause_s = RETRY_FIRST_S
         deadline: float | None = None
         again = False
+        began = perf_counter()
         while True:
             batch = self._batch(events, text_bytes, dialect, ending, error_event, answer)
             try:
@@ -143,11 +156,15 @@ class RunWriter:
                 except Rewound as rewound:
                     appended = await self._append_behind(batch, rewound)
                 self._note(batch, appended, again)
+                self.counts.appended(self._source, events, appended.appended, perf_counter() - began)
                 return appended
             except Diverged:
                 raise
             except Rewound:
                 pass  # for how long is `put_back`'s to say
+            except (Fenced, RunEnded):
+                self.counts.fenced_appends += 1
+                raise
             except JournalError as error:
                 again = True
                 now = self._now()
@@ -170,11 +187,13 @@ class RunWriter:
     ) -> Appended:
         """Try once. After a `JournalError` the same events must be given again, before any others."""
         batch = self._batch(events, text_bytes, dialect, ending, error_event, answer)
+        began = perf_counter()
         try:
             appended = await self._journal.append(batch)
         except Rewound as rewound:
             appended = await self._append_behind(batch, rewound)
         self._note(batch, appended, again=False)
+        self.counts.appended(self._source, events, appended.appended, perf_counter() - began)
         return appended
 
     def _batch(
@@ -276,6 +295,7 @@ class RunWriter:
         now = self._now()
         if self._rewound_at is None:
             self._rewound_at = now
+            self.counts.journal_rewinds += 1
             log.warning("journal rewound stream=%s run=%s seq=%d", self.stream, self.run, last_seq)
         lost = [kept for kept in self._held if kept[_LAST_SEQ] > last_seq]
         if lost and lost[0][_BEFORE] <= last_seq:

@@ -267,6 +267,27 @@ class Delivery(NamedTuple):
     tries: int
 
 
+class Orphan(NamedTuple):
+    """A run that a former process left open and that ended when its journal was opened."""
+
+    stream: str
+    run: str
+    ended: Ended
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """How the store is. `kind` is `redis` or `sqlite`; `now_ms` is the journal's clock; `waiting_since_ms` is
+    when the run ended whose delivery waits longest (0: none waits). `details` is what else the store says of
+    itself, by name."""
+
+    kind: str
+    version: str
+    now_ms: int
+    waiting_since_ms: int
+    details: Mapping[str, str | int | bool | None]
+
+
 class Claim(NamedTuple):
     """What stands under an idempotency key.
 
@@ -309,10 +330,10 @@ class RunOwner(Protocol):
 class Journal(Protocol):
     """What a journal does. One object a process; safe to use from one event loop."""
 
-    async def start(self, follower: Follower, owner: RunOwner | None = None) -> None:
+    async def start(self, follower: Follower, owner: RunOwner | None = None) -> Sequence[Orphan]:
         """Connect, check that the store can be used, and begin to tell `follower` of watched streams, and
         `owner` of its runs. A journal that belongs to one process ends here what a former one left open, as
-        `lost owner_lost`. Raises `StartupError` with advice."""
+        `lost owner_lost`, and tells of it. Raises `StartupError` with advice."""
 
     async def close(self) -> None:
         """Release everything. What was accepted stays accepted."""
@@ -321,6 +342,13 @@ class Journal(Protocol):
     def replaced_at(self) -> float:
         """When this process last found another store than before (failover, restart), on the loop's clock:
         it may have less, until writers put that back. `-inf` for never."""
+
+    @property
+    def reconnects(self) -> int:
+        """How often a connection to the store was opened again."""
+
+    async def condition(self) -> Condition:
+        """How the store is now. Raises `JournalError`."""
 
     # Streams
 
@@ -334,9 +362,9 @@ class Journal(Protocol):
     async def trim(self, stream: str, before_seq: int) -> None:
         """Drop frames with seq less than `before_seq`. Raises `UnknownStream`."""
 
-    async def delete(self, stream: str) -> None:
+    async def delete(self, stream: str) -> Sequence[str]:
         """End its open runs `cancelled stream_deleted`, then remove the stream, its runs and frames; tell
-        followers and owners. Unknown streams are no error. Nothing of it is delivered.
+        followers and owners. Which runs it ended. Unknown streams are no error. Nothing of it is delivered.
         A stream made later under the same name has other ids, whatever the clock does."""
 
     # Runs

@@ -265,6 +265,8 @@ class Link:
         self._connected = asyncio.Event()
         self._useful = False
         """Whether this life of the connection has served anybody."""
+        self.lives = 0
+        """How often the connection stood."""
         address.join(self)
 
     async def open(self) -> None:
@@ -319,6 +321,7 @@ class Link:
         transport.set_protocol(wire)
         try:
             self._address.agree(self)
+            self.lives += 1
             self._on_connected()
             self._connected.set()
             await wire.lost
@@ -591,5 +594,9 @@ async def _primary_of(connection: AbstractConnection, timeout_s: float) -> str:
 async def _info(connection: AbstractConnection, timeout_s: float, *sections: str) -> dict[str, str]:
     async with asyncio.timeout(timeout_s):
         await connection.send_command("INFO", *sections)
-        text = (await connection.read_response()).decode()
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        return parse_info(await connection.read_response())
+
+
+def parse_info(text: bytes) -> dict[str, str]:
+    """What the answer to INFO says, by name."""
+    return dict(line.split(":", 1) for line in text.decode().splitlines() if ":" in line)

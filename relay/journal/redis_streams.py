@@ -72,12 +72,14 @@ from relay.journal.base import (
     Append,
     Appended,
     Claim,
+    Condition,
     Delivery,
     Ended,
     EndedRun,
     Follower,
     Held,
     Opened,
+    Orphan,
     Page,
     Renewal,
     RunInfo,
@@ -97,6 +99,7 @@ from relay.journal.redis_connection import (
     error_names,
     fetch_info,
     pack,
+    parse_info,
 )
 from relay.journal.redis_scripts import (
     Script,
@@ -123,6 +126,9 @@ ENDED_MAX = 100_000
 
 LOOKED_AT_MS = 24 * 3600 * 1000
 """A run without an owner is looked at so often even if it is never due, for an ending that was not filed."""
+
+WAITING_LOOKED_AT = 50
+"""Deliveries looked at from each end of their queue, to find the one that waits longest."""
 
 _SEALED = b"sealed"
 """What tells followers; no other message begins like it."""
@@ -182,7 +188,7 @@ class RedisJournal:
 
     # Starting and stopping.
 
-    async def start(self, follower: Follower, owner: RunOwner | None = None) -> None:
+    async def start(self, follower: Follower, owner: RunOwner | None = None) -> Sequence[Orphan]:
         try:
             address = Address(self._url)
         except (ValueError, RedisError) as error:
@@ -209,6 +215,7 @@ class RedisJournal:
         except TimeoutError:
             await self.close()
             raise StartupError(f"Redis at {address.name} answered, then took no more connections.") from None
+        return ()
 
     async def close(self) -> None:
         for link in (self._following, self._reading, self._writing):
@@ -219,6 +226,46 @@ class RedisJournal:
     @property
     def replaced_at(self) -> float:
         return -inf if self._address is None else self._address.replaced_at
+
+    @property
+    def reconnects(self) -> int:
+        links = (self._writing, self._reading, self._following)
+        return sum(max(0, link.lives - 1) for link in links if link is not None)
+
+    async def condition(self) -> Condition:
+        # Who waits longest is due either first, or last: the pauses after tries that failed grow.
+        ends = (
+            pack(command, self._deliveries_key(), 0, WAITING_LOOKED_AT - 1)
+            for command in (b"ZRANGE", b"ZREVRANGE")
+        )
+        text, (seconds, micros), first, last = await self._of_each((pack(b"INFO"), pack(b"TIME"), *ends))
+        info = parse_info(text)
+        waiting = [_named_by(member) for member in {*first, *last}]
+        ended = await self._of_each(
+            pack(b"HMGET", self._keys(stream).run(run), b"deliver", b"ended_ms") for stream, run in waiting
+        )
+        waiting_since = [int(ms) for delivery, ms in ended if delivery == b"pending" and int(ms)]
+        return Condition(
+            kind="redis",
+            version=info.get("valkey_version") or info.get("redis_version", "0"),
+            now_ms=int(seconds) * 1000 + int(micros) // 1000,
+            waiting_since_ms=min(waiting_since, default=0),
+            details={
+                "server": "valkey" if "valkey_version" in info else "redis",
+                "memory_bytes": _number(info, "used_memory"),
+                "memory_max_bytes": _number(info, "maxmemory"),
+                "memory_policy": info.get("maxmemory_policy"),
+                "evicted_keys": _number(info, "evicted_keys"),
+                "aof": info.get("aof_enabled") == "1",
+                "aof_last_write_ok": info.get("aof_last_write_status", "ok") == "ok",
+                "rdb_last_save_ok": info.get("rdb_last_bgsave_status", "ok") == "ok",
+                "rdb_changes_since_save": _number(info, "rdb_changes_since_last_save"),
+                "rdb_last_save_ms": (_number(info, "rdb_last_save_time") or 0) * 1000,
+                "uptime_s": _number(info, "uptime_in_seconds"),
+                "role": info.get("role"),
+                "replicas": _number(info, "connected_slaves"),
+            },
+        )
 
     # Streams.
 
@@ -253,18 +300,22 @@ class RedisJournal:
             stream,
         )
 
-    async def delete(self, stream: str) -> None:
+    async def delete(self, stream: str) -> Sequence[str]:
         keys = self._keys(stream)
         arguments = (stream, keys.channel, self._owner_channel(""), keys.run_prefix)
         end = packed_ending(ending(Reason.STREAM_DELETED), {})
         reply = await self._script(self._writing, scripts.DELETE, keys[:7], (*arguments, end, TOMBSTONE_MS))
         self._largest.pop(stream, None)
         gone: list[bytes] = []
-        for run, token, owner in zip(reply[::3], reply[1::3], reply[2::3], strict=True):
+        ended = []
+        for run, token, owner, was_open in zip(*(reply[at::4] for at in range(4)), strict=True):
             gone.append(pack(b"UNLINK", self._token_key(token.decode())))
             gone += self._off_indexes(stream, run.decode(), owner.decode())
+            if was_open:
+                ended.append(run.decode())
         self._send(*gone)
         await self._forget([stream])
+        return ended
 
     # Runs.
 
@@ -981,6 +1032,11 @@ def _run_info(run: str, flat: Sequence[bytes]) -> RunInfo:
 def _run_state(values: Sequence[bytes]) -> RunState:
     status, reason, writer, seq, ms = values
     return RunState(Status(status.decode()), reason.decode(), writer.decode(), Cursor(int(seq), int(ms)))
+
+
+def _number(info: Mapping[str, str], name: str) -> int | None:
+    text = info.get(name, "")
+    return int(text) if text.isdigit() else None
 
 
 def _fields(flat: Sequence[bytes]) -> dict[str, str]:

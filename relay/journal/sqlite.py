@@ -39,12 +39,14 @@ from relay.journal.base import (
     Append,
     Appended,
     Claim,
+    Condition,
     Delivery,
     Ended,
     EndedRun,
     Follower,
     Held,
     Opened,
+    Orphan,
     Page,
     Renewal,
     RunInfo,
@@ -96,7 +98,7 @@ class SqliteJournal:
         self._readers: Readers | None = None
         self._checkpointer: _Checkpointer | None = None
 
-    async def start(self, follower: Follower, owner: RunOwner | None = None) -> None:
+    async def start(self, follower: Follower, owner: RunOwner | None = None) -> Sequence[Orphan]:
         # Opening blocks the loop on purpose: nothing is served before it returns.
         self._loop = asyncio.get_running_loop()
         self._follower = follower
@@ -113,7 +115,7 @@ class SqliteJournal:
         store, copied = Store(db, self._clock_ms), self._checkpointer.committed
         self._writer = _Writer(store, self._loop, self._watched, follower, owner, copied)
         try:
-            await self._write("", self._writer.store.end_orphans, owner.name if owner else "")
+            return await self._write("", self._writer.store.end_orphans, owner.name if owner else "")
         except BaseException as error:
             await self.close()
             if isinstance(error, JournalError):
@@ -142,6 +144,13 @@ class SqliteJournal:
     def replaced_at(self) -> float:
         return -inf  # it is locked as long as this process has it
 
+    @property
+    def reconnects(self) -> int:
+        return 0
+
+    async def condition(self) -> Condition:
+        return await self._read(reading.read_condition, self.path, self._synchronous)
+
     # Streams
 
     async def put_stream(self, stream: str, retention: Retention, change: StreamChange) -> bool:
@@ -153,8 +162,8 @@ class SqliteJournal:
     async def trim(self, stream: str, before_seq: int) -> None:
         await self._write(stream, self._store.trim, stream, before_seq)
 
-    async def delete(self, stream: str) -> None:
-        await self._write(stream, self._store.delete, stream)
+    async def delete(self, stream: str) -> Sequence[str]:
+        return await self._write(stream, self._store.delete, stream)
 
     # Runs
 

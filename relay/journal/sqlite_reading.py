@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from relay.cursor import ORIGIN, Cursor
 from relay.errors import InvalidParameter
 from relay.frame import Frame
 from relay.journal.base import (
+    Condition,
     EndedRun,
     Page,
     RunInfo,
@@ -258,6 +260,28 @@ def read_tops(db: sqlite3.Connection, now: int, names: Sequence[str]) -> dict[st
             seq, ms, sealed = row
             tops[name] = StreamTop(Cursor(seq, ms) if seq else ORIGIN, bool(sealed))
     return tops
+
+
+def read_condition(db: sqlite3.Connection, now: int, path: Path, synchronous: str) -> Condition:
+    """See `Journal.condition`."""
+    (waiting_since,) = db.execute(
+        "SELECT min(ended_ms) FROM runs JOIN streams ON streams.id = stream_id "
+        f"WHERE deliver = 1 AND status <> 'open' AND {LIVE}",
+        {"now": now},
+    ).fetchone()
+    log = path.with_name(path.name + "-wal")
+    return Condition(
+        kind="sqlite",
+        version=sqlite3.sqlite_version,
+        now_ms=now,
+        waiting_since_ms=waiting_since or 0,
+        details={
+            "file_bytes": path.stat().st_size,
+            "log_bytes": log.stat().st_size if log.exists() else 0,
+            "disk_free_bytes": shutil.disk_usage(path.parent).free,
+            "synchronous": synchronous,
+        },
+    )
 
 
 def resolve_token(db: sqlite3.Connection, now: int, token: str) -> tuple[str, str] | None:

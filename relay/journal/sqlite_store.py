@@ -45,6 +45,7 @@ from relay.journal.base import (
     Ended,
     Held,
     Opened,
+    Orphan,
     RunOpening,
     RunState,
     StreamChange,
@@ -279,15 +280,17 @@ class Store:
         stream = self._known_stream(name, self._clock_ms())
         self._drop(stream, min(before_seq, stream.last_seq + 1))
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str) -> list[str]:
         now = self._clock_ms()
         stream = self._clear_of_expired(name, now)
         if stream is None:
-            return
+            return []
         how = ending(Reason.STREAM_DELETED)
-        for run in self._open_runs(stream):
+        open_runs = self._open_runs(stream)
+        for run in open_runs:
             self._end(stream, run, how, detect.error_events(how), now)
         self._bury(stream, now)
+        return [run.name for run in open_runs]
 
     # Operations on runs.
 
@@ -474,7 +477,7 @@ class Store:
         self._end(stream, run, ending(reason), error_events.get(reason, {}), now)
         return Ended(True, run.status, run.reason, run.owner, run.text_bytes)
 
-    def end_orphans(self, owner: str) -> None:
+    def end_orphans(self, owner: str) -> list[Orphan]:
         """End the open runs that belong to a process other than this owner, which must be a former one."""
         now = self._clock_ms()
         orphans = self._db.execute(
@@ -484,9 +487,13 @@ class Store:
             {"owner": owner, "now": now},
         ).fetchall()
         said = detect.error_events(OWNER_LOST)
+        told = []
         for stream_name, name in orphans:
             stream, run = self._known_run(stream_name, name, now)
             self._end(stream, run, OWNER_LOST, said, now)
+            ended = Ended(True, run.status, run.reason, run.owner, run.text_bytes)
+            told.append(Orphan(stream_name, name, ended))
+        return told
 
     # Operations on deliveries, whose columns are not cached.
 

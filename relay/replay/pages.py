@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable
 
+from relay.counts import Counts
 from relay.cursor import Cursor, Standing, judge
 from relay.journal.base import Journal, Page
 from relay.replay.view import Chunk, View, chunk
@@ -34,7 +35,8 @@ class SharedPage(Page):
 class Pages:
     """The way of a process to its journal's pages."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, counts: Counts | None = None) -> None:
+        self._counts = counts or Counts()
         self.slots = asyncio.Semaphore(PAGES_AT_ONCE)
         self._journal = journal
         self._under_way: dict[Hashable, asyncio.Task[SharedPage]] = {}
@@ -57,6 +59,7 @@ class Pages:
     async def read_anew(self, stream: str, after: Cursor, max_frames: int, max_bytes: int) -> SharedPage:
         """As `Journal.read`, asked now, whoever is asking for the same."""
         async with self.slots:
+            self._counts.journal_pages += 1
             return SharedPage._make(await self._journal.read(stream, after, max_frames, max_bytes))
 
     def _done(self, question: Hashable, task: asyncio.Task[SharedPage]) -> None:

@@ -160,6 +160,7 @@ class Reader:
             if tail.generation == self._generation:
                 found = tail.next_chunk(self.view, self.position)
                 if found is not None:
+                    self._tails.counts.ring_hits += 1
                     self._pass_on(found)
                     continue
                 if tail.deleted:
@@ -228,6 +229,8 @@ class Reader:
     def _pass_on(self, found: Chunk) -> None:
         if found.data:
             self._write(found.data)
+            self._tails.counts.frames_delivered += found.shown
+            self._tails.counts.delivered_bytes += len(found.data)
         self._position = found.last
         if found.terminal is not None:
             self.terminal = found.terminal

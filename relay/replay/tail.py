@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
+from relay.counts import Counts
 from relay.cursor import ORIGIN, Cursor, Standing, judge
 from relay.errors import RelayError, UnknownStream
 from relay.frame import CONTROL_EVENT, Frame, is_opening, is_terminal
@@ -326,6 +328,7 @@ class Tail:
                 await self._restart(count=False)
                 return True
             self._unsettled.clear()  # What was told before the journal is asked is in its answer.
+            self._tails.counts.journal_pages += 1
             page = await journal.read(self.stream, self.top, PAGE_MAX_FRAMES, PAGE_MAX_BYTES)
         except UnknownStream:
             if self._patience.waits_while(self.known and self.top != ORIGIN):
@@ -446,6 +449,8 @@ class Tail:
         """Pass on what is new to those that follow, and wake everybody else."""
         self._flush_timer = None
         began, group_s = self._tails.now(), self._tails.group_s
+        if self.readers:
+            self._note_delay()
         cohorts, self._cohorts = self._cohorts, {}
         for cohort in cohorts.values():
             self._pass_on(cohort)
@@ -457,6 +462,14 @@ class Tail:
             self._flush_due = began + max(group_s, crowded_s, took_s * 2)
         self._flushed_seq = self.top.seq
 
+    def _note_delay(self) -> None:
+        """How long the oldest of the new frames took from the journal to here. The journal's clock may be
+        another host's, and ahead of ours."""
+        oldest = max(0, self._flushed_seq - self._floor.seq)
+        if oldest < len(self._frames):
+            delay_s = time.time() - self._frames[oldest].ms / 1000
+            self._tails.counts.delivery_delay.observe(max(0.0, delay_s))
+
     def _pass_on(self, cohort: Cohort) -> None:
         if cohort.position != self.top:
             found = self.next_chunk(cohort.view, cohort.position)
@@ -465,6 +478,10 @@ class Tail:
                 return
             cohort.position = found.last
             if data := found.data:
+                members, counts = len(cohort.members), self._tails.counts
+                counts.ring_hits += members
+                counts.frames_delivered += members * found.shown
+                counts.delivered_bytes += members * len(data)
                 cohort.written_at = self.active_at
                 for behind in cohort.write(data):
                     behind.wake()
@@ -509,14 +526,15 @@ def _wake_members(cohort: Cohort) -> None:
 
 
 class Tails:
-    """Every tail of this process, and the journal's follower."""
+    """Every tail of this process, and the journal's follower. What readers get is counted in `counts`."""
 
-    def __init__(self, journal: Journal, settings: Settings) -> None:
+    def __init__(self, journal: Journal, settings: Settings, counts: Counts | None = None) -> None:
         self.journal = journal
         self.settings = settings
+        self.counts = counts or Counts()
         self.group_s = settings.group_ms / 1000
         self.held_bytes = 0
-        self.pages = Pages(journal)
+        self.pages = Pages(journal, self.counts)
         self._tails: dict[str, Tail] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -15,11 +15,13 @@ from relay.sse import EVENT_STREAM, comment, encode_event
 
 class Chunk(NamedTuple):
     """Encoded frames. `data` may be empty; `last` is the position after them; `terminal` is the terminal
-    frame of the run the view is limited to, where the chunk stops, else None."""
+    frame of the run the view is limited to, where the chunk stops, else None; `shown` is how many frames are
+    shown."""
 
     data: bytes
     last: Cursor
     terminal: Frame | None
+    shown: int
 
 
 class View(Protocol):
@@ -55,7 +57,10 @@ def chunk(view: View, frames: Sequence[Frame], wires: Sequence[bytes]) -> Chunk:
             last = terminal = frames[mine[-1]]
         if len(mine) != len(frames):
             frames, wires = [frames[i] for i in mine], [wires[i] for i in mine]
-    return Chunk(view.encode(frames, wires) if frames else b"", last.id, terminal)
+    shown = len(frames)
+    if not view.shows_control:
+        shown = sum(frame.event != CONTROL_EVENT for frame in frames)
+    return Chunk(view.encode(frames, wires) if frames else b"", last.id, terminal, shown)
 
 
 def _without_control(frames: Sequence[Frame], wires: Sequence[bytes]) -> Sequence[bytes]:

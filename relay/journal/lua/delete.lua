@@ -3,7 +3,7 @@
 -- KEYS: 1 frames  2 meta  3 index  4 open  5 runs  6 undelivered  7 tombstone
 -- ARGV: 1 stream  2 channel  3 prefix of owners' channels  4 prefix of run keys  5 ending of open runs
 --       6 how long the tombstone stays, in ms
--- Replies: {run, token, owner of an open one (or empty), run, token, …}
+-- Replies: {run, token, owner of an open one (or empty), 1 for an open one, run, token, …}
 
 local s = load_stream(KEYS[2])
 if not s then return {} end
@@ -14,6 +14,7 @@ for _, name in ipairs(call('ZRANGE', KEYS[5], 0, -1)) do
   if r then
     reply[#reply + 1], reply[#reply + 2] = name, call('HGET', r.key, 'token')
     reply[#reply + 1] = r.status == 'open' and r.owner or ''
+    reply[#reply + 1] = r.status == 'open' and 1 or 0
     if r.status == 'open' then
       say_ending(message, name, r, ending, last_words(r, ending))
       tell_owner(ARGV[3], r.owner, ARGV[1], name)
