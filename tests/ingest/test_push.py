@@ -551,7 +551,7 @@ class Scene:
         self.owned = OwnedRuns(self.settings, self._on_ended)
         self.pushes = Pushes(self.journal, self.settings, self.owned, self._on_ended)
 
-    def _on_ended(self, stream: str, run: str, end: Ending, text_bytes: int) -> None:
+    def _on_ended(self, stream: str, run: str, end: Ending, *_: object) -> None:
         self.endings.append((run, end.reason))
         self.ended.set()
 
