@@ -28,7 +28,7 @@ from relay.demo import sample_agent
 from relay.doctor import examine, examine_settings, tell
 from relay.errors import RelayError, StartupError
 from relay.journal.base import Journal
-from relay.logs import set_up
+from relay.logs import json_line, set_up
 from relay.metrics import share_metrics
 from relay.security import Right, mint
 from relay.server import RelayServer, allow_connections, server
@@ -452,11 +452,9 @@ def _url(listener: socket.socket) -> str:
 
 
 def _say_ready(settings: Settings, is_json: bool, url: str) -> None:
-    """Say where relay serves: a person waits for it, or the log tells."""
-    if is_json:
-        log.info("relay is ready on %s (journal %s)", url, _shown(settings.journal))
-    else:
-        click.echo(f"relay is ready on {url} (journal {_shown(settings.journal)})")
+    """Say where relay serves, to who started it."""
+    said, journal = "relay is ready on %s (journal %s)", _shown(settings.journal)
+    click.echo(json_line(log, said, url, journal) if is_json else said % (url, journal))
 
 
 def _shown(url: str) -> str:

@@ -36,6 +36,12 @@ def set_up(wanted: str, level: int = logging.INFO, worker: int | None = None) ->
     return is_json
 
 
+def json_line(logger: logging.Logger, message: str, *arguments: Any) -> str:
+    """A line as `JsonLines` makes it, for who writes it himself."""
+    record = logger.makeRecord(logger.name, logging.INFO, "", 0, message, arguments, None)
+    return JsonLines().format(record)
+
+
 class TextLines(logging.Formatter):
     """`<time> <level> <logger> <message>`."""
 

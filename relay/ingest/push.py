@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
@@ -309,6 +309,8 @@ class Pushes:
         self._owned = owned
         self._on_ended = on_ended
         self._counts = owned.counts
+        self._doubted: set[tuple[str, str]] = set()
+        """Runs that were cancelled here, perhaps: the journal's answer was lost."""
         self._known: dict[tuple[str, str, str], RunOpening] = {}
         self._bodies: dict[Push, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -559,7 +561,12 @@ class Pushes:
         Raises `UnknownStream`, `UnknownRun`."""
         end = ending(Reason.CLIENT_CANCEL, error)
         began = perf_counter()
-        ended = await self._journal.end_run(stream, run, end, error_events(end))
+        try:
+            ended = await self._journal.end_run(stream, run, end, error_events(end))
+        except JournalUnavailable:
+            self._doubted.add((stream, run))
+            self._spawn(self._find_out(stream, run, end))
+            raise
         if ended.by_this:
             self._counts.cancel_to_end.observe(perf_counter() - began)
             await self._count(stream, run, end)
@@ -584,8 +591,27 @@ class Pushes:
         except (RunEnded, Fenced, UnknownRun, UnknownStream) as error:
             log.info("run over stream=%s run=%s: %s", push.writer.stream, push.writer.run, error.code)
 
+    async def _find_out(self, stream: str, run: str, end: Ending) -> None:
+        """Count an ending whose answer was lost, if it happened and nobody who asked again counts it."""
+        info: RunInfo | None = None
+        while info is None:
+            await asyncio.sleep(END_RETRY_S)
+            try:
+                info = await self._journal.run(stream, run)
+            except JournalError:
+                continue
+            except (UnknownStream, UnknownRun):
+                break
+        if (stream, run) in self._doubted:
+            self._doubted.discard((stream, run))
+            if info is not None and (info.status, info.reason, info.error) == end:
+                self._on_ended(stream, run, end, info.text_bytes, Facts.of(info))
+
     def _end_later(self, stream: str, run: str, end: Ending) -> None:
-        task = asyncio.get_running_loop().create_task(self._keep_ending(stream, run, end))
+        self._spawn(self._keep_ending(stream, run, end))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -606,6 +632,7 @@ class Pushes:
 
     async def _count(self, stream: str, run: str, end: Ending) -> None:
         """Count a run that this request ended."""
+        self._doubted.discard((stream, run))
         try:
             info = await self._journal.run(stream, run)
         except RelayError:
