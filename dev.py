@@ -82,6 +82,16 @@ NPM = Tool(
     ("npm",),
     {"apt-get": ("npm",), "brew": ("node",), "dnf": ("nodejs-npm",), "apk": ("npm",)},
 )
+PROMTOOL = Tool(
+    "promtool",
+    ("promtool",),
+    {
+        "apt-get": ("prometheus",),
+        "brew": ("prometheus",),
+        "dnf": ("golang-github-prometheus",),
+        "apk": ("prometheus",),
+    },
+)
 
 INSTALL = {
     "apt-get": ("apt-get", "install", "-y", "-q", "--no-install-recommends"),
@@ -257,7 +267,7 @@ def demo(args: list[str]) -> int:
 
 def setup(args: list[str]) -> int:
     ensure_venv("test")
-    ensure_tools(REDIS, CHROMIUM, NODE, NPM)
+    ensure_tools(REDIS, CHROMIUM, NODE, NPM, PROMTOOL)
     ensure_node_packages()
     return 0
 
