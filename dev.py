@@ -90,7 +90,6 @@ NPM = Tool(
     ("npm",),
     {"apt-get": ("npm",), "brew": ("node",), "dnf": ("nodejs-npm",), "apk": ("npm",)},
 )
-
 NGINX = Tool(
     "nginx",
     ("nginx", "/usr/sbin/nginx"),
@@ -109,8 +108,13 @@ OPENSSL = Tool(
 
 PROMETHEUS = Tool(
     "prometheus",
-    ("prometheus",),
-    {"apt-get": ("prometheus",), "brew": ("prometheus",), "apk": ("prometheus",)},
+    ("promtool",),
+    {
+        "apt-get": ("prometheus",),
+        "brew": ("prometheus",),
+        "dnf": ("golang-github-prometheus",),
+        "apk": ("prometheus",),
+    },
 )
 CADDY = Tool(
     "caddy",
@@ -323,8 +327,8 @@ def demo(args: list[str]) -> int:
 
 def setup(args: list[str]) -> int:
     ensure_venv("test")
-    ensure_tools(REDIS, CHROMIUM, NODE, NPM, NGINX, CURL, OPENSSL)
-    ensure_welcome(PROMETHEUS, CADDY)
+    ensure_tools(REDIS, CHROMIUM, NODE, NPM, NGINX, CURL, OPENSSL, PROMETHEUS)
+    ensure_welcome(CADDY)
     ensure_node_packages()
     ensure_fuzzer()
     return 0
