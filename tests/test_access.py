@@ -92,7 +92,12 @@ OF_ALL = [
     ("GET", "/relay/v1/diagnostics"),
     ("GET", "/relay/metrics"),
 ]
-OPEN = [("GET", "/relay/healthz"), ("GET", "/relay/readyz"), ("GET", "/relay/static/relay-stream.js")]
+OPEN = [
+    ("GET", "/relay/openapi.json"),
+    ("GET", "/relay/healthz"),
+    ("GET", "/relay/readyz"),
+    ("GET", "/relay/static/relay-stream.js"),
+]
 
 
 def test_every_route_is_known_to_these_tests(guarded: RelayProcess) -> None:
