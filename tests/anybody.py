@@ -9,6 +9,9 @@ class Anybody:
     async def may_name(self, stream: str) -> bool:
         return True
 
+    async def may(self, right: str, stream: str) -> bool:
+        return True
+
     async def check_named(self, stream: str) -> None:
         pass
 
