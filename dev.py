@@ -82,11 +82,15 @@ NPM = Tool(
     ("npm",),
     {"apt-get": ("npm",), "brew": ("node",), "dnf": ("nodejs-npm",), "apk": ("npm",)},
 )
-
 PROMETHEUS = Tool(
     "prometheus",
-    ("prometheus",),
-    {"apt-get": ("prometheus",), "brew": ("prometheus",), "apk": ("prometheus",)},
+    ("promtool",),
+    {
+        "apt-get": ("prometheus",),
+        "brew": ("prometheus",),
+        "dnf": ("golang-github-prometheus",),
+        "apk": ("prometheus",),
+    },
 )
 CADDY = Tool(
     "caddy",
@@ -210,16 +214,6 @@ def ensure_tools(*tools: Tool) -> None:
             stop(f"{manager} installed a package for {tool.name}, but none of its programs is on the PATH")
 
 
-def ensure_welcome(*tools: Tool) -> None:
-    """As `ensure_tools`, of what single tests are skipped without; not every manager has a package of it."""
-    manager = next((name for name in INSTALL if shutil.which(name)), "")
-    for tool in tools:
-        if manager in tool.packages:
-            ensure_tools(tool)
-        elif not found(tool):
-            say(f"there is no package of {tool.name} here; the tests that run it are skipped")
-
-
 def install(manager: str, *packages: str) -> None:
     """Install packages, refreshing the lists only when it does not work without. Stops with the exact
     command where this account may not install."""
@@ -281,8 +275,7 @@ def demo(args: list[str]) -> int:
 
 def setup(args: list[str]) -> int:
     ensure_venv("test")
-    ensure_tools(REDIS, CHROMIUM, NODE, NPM)
-    ensure_welcome(PROMETHEUS, CADDY)
+    ensure_tools(REDIS, CHROMIUM, NODE, NPM, PROMETHEUS, CADDY)
     ensure_node_packages()
     return 0
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 
+from relay import trace
 from relay.access import Access, without_own_cookie
 from relay.admin_api import admin_routes, health_routes
 from relay.api import Api, read_routes, run_object
@@ -22,6 +23,7 @@ from relay.counts import Counts
 from relay.cursor import RESUME_PREFIX, Cursor, ResumeId, Standing, judge, parse_resume_id
 from relay.diagnostics import Colleagues, Diagnostics
 from relay.dialects.detect import BY_NAME, RAW
+from relay.doctor import journal_state, upstream_state
 from relay.errors import (
     Busy,
     CallerError,
@@ -35,7 +37,7 @@ from relay.errors import (
     UnknownStream,
     UpgradeUnsupported,
 )
-from relay.ingest.owned import OwnedRuns
+from relay.ingest.owned import Facts, OwnedRuns
 from relay.ingest.proxy import (
     Call,
     ClientGone,
@@ -51,7 +53,7 @@ from relay.ingest.push import Pushes
 from relay.ingest.upstream import TruncatedBody, Upstream, UpstreamRequest
 from relay.journal.base import Condition, Ended, Journal, Page
 from relay.lifecycle import OWNER_LOST, Ending, Reason, Status, ending
-from relay.metrics import Metrics
+from relay.metrics import VERSION, Metrics
 from relay.push_api import push_routes
 from relay.reaper import Reaper
 from relay.replay.reader import Lease, Reader, ReaderEnd, Readers, cursor_gone, ended_at, find
@@ -72,6 +74,7 @@ from relay.replay.response import (
 from relay.replay.tail import Tails
 from relay.replay.view import ProxiedNdjsonView, ProxiedSseView
 from relay.security import EVERYTHING, Grant, Right
+from relay.server import connections_allowed
 from relay.settings import Settings
 from relay.sse import EVENT_STREAM
 from relay.webhook import Webhook
@@ -107,6 +110,7 @@ class App:
         self._reaper = Reaper(journal, settings, self.owned.name, self._reaped, time.monotonic)
         self._webhook = Webhook(journal, settings, self.counts) if settings.webhook_url else None
         self._workers: list[asyncio.Task[None]] = []
+        self._looking_up: set[asyncio.Task[None]] = set()
         self._upstream = Upstream(settings.upstream, settings) if settings.upstream else None
         self._proxy = (
             None
@@ -160,6 +164,7 @@ class App:
             await self._upstream.close()
         await self.access.close()
         self.measure()
+        await asyncio.gather(*self._looking_up)
         self.tails.close()
         await self.journal.close()
 
@@ -202,18 +207,34 @@ class App:
             except Exception:
                 log.exception("owned runs could not be checked")
 
-    def _run_ended(self, stream: str, run: str, end: Ending, text_bytes: int) -> None:
+    def _run_ended(self, stream: str, run: str, end: Ending, text_bytes: int, facts: Facts | None) -> None:
         """This process ended a run, its own or another's."""
+        if facts is not None or end.reason is Reason.STREAM_DELETED:
+            _log_ended(stream, run, end, facts)
+        else:
+            look_up = asyncio.get_running_loop().create_task(self._look_up_ended(stream, run, end))
+            self._looking_up.add(look_up)
+            look_up.add_done_callback(self._looking_up.discard)
         self.metrics.run_ended(end, text_bytes)
         self.diagnostics.run_ended(stream, run, end, _wall_ms())
         if self._webhook is not None:
             self._webhook.wake()
 
+    async def _look_up_ended(self, stream: str, run: str, end: Ending) -> None:
+        """Log an ending that somebody concluded who knows nothing else of the run."""
+        facts = None
+        try:
+            facts = Facts.of(await self.journal.run(stream, run))
+        except RelayError:
+            pass
+        finally:
+            _log_ended(stream, run, end, facts)
+
     def _reaped(self, stream: str, run: str, ended: Ended) -> None:
         reason = Reason(ended.reason)
         end = OWNER_LOST if reason is Reason.OWNER_LOST else ending(reason)
         self.counts.orphans_reaped += end.status is Status.LOST
-        self._run_ended(stream, run, end, ended.text_bytes)
+        self._run_ended(stream, run, end, ended.text_bytes, None)
 
     @property
     def open_runs(self) -> int:
@@ -251,8 +272,18 @@ class App:
             return None
 
     async def diagnosis(self) -> dict[str, Any]:
-        """What the workers of this port hold open, and how what they held ended."""
-        return self._holdings() if self._colleagues is None else await self._colleagues.report()
+        """What the workers of this port hold open, how what they held ended, and what they depend on."""
+        journal, upstream = await asyncio.gather(
+            journal_state(self.journal), upstream_state(self.settings.upstream)
+        )
+        held = self._holdings() if self._colleagues is None else await self._colleagues.report()
+        about = {
+            "version": VERSION,
+            "authentication": self.access.is_required,
+            "connections_allowed": connections_allowed(),
+            "connections_wanted": self.settings.readers_max + self.settings.open_runs_max,
+        }
+        return held | {"relay": about, "journal": journal, "upstream": upstream}
 
     def _holdings(self) -> dict[str, Any]:
         pumps = [] if self._proxy is None else self._proxy.pumps
@@ -305,6 +336,9 @@ class App:
         send: Send,
     ) -> None:
         """Answer a request, whatever happens."""
+        for name, value in scope["headers"]:
+            if name == trace.HEADER:
+                trace.TRACE_ID.set(trace.trace_id_of(value.decode("latin-1")))
         try:
             self.access.admit(scope)
             answer = await find_answer(scope, receive, send)
@@ -564,6 +598,16 @@ class App:
         self.counts.refusals[error.code] += 1
         headers = [(b"content-type", EVENT_STREAM.encode()), *STREAMING_HEADERS]
         await send_whole(200, headers, b"retry: %d\n\n" % self.tails.retry_ms(), send)
+
+
+def _log_ended(stream: str, run: str, end: Ending, facts: Facts | None) -> None:
+    level = logging.WARNING if end.status in (Status.FAILED, Status.LOST) else logging.INFO
+    said = "run ended stream=%s run=%s status=%s reason=%s"
+    told = stream, run, end.status.value, end.reason.value
+    if facts is None:
+        log.log(level, said, *told)
+    else:
+        log.log(level, said + " frames=%d duration_s=%.3f", *told, *facts)
 
 
 def _wall_ms() -> int:

@@ -25,8 +25,10 @@ from relay.access import is_loopback
 from relay.app import App
 from relay.commands import PushOptions, cancel_run, list_streams, push_run, show, tail_stream
 from relay.demo import sample_agent
+from relay.doctor import examine, examine_settings, tell
 from relay.errors import RelayError, StartupError
 from relay.journal.base import Journal
+from relay.logs import json_line, set_up
 from relay.metrics import share_metrics
 from relay.security import Right, mint
 from relay.server import RelayServer, allow_connections, server
@@ -81,12 +83,12 @@ def serve(**options: Any) -> None:
     if worker is not None:
         _work(worker, options)
     elif options["workers"] > 1:
-        _logging()
+        is_json = set_up(options["log_format"])
         # Not on uvloop, which cannot start a process in a group of its own.
-        _run(_supervise(options), asyncio.run)
+        _run(_supervise(options, is_json), asyncio.run)
     else:
-        _logging()
-        _run(_serve_with(options))
+        is_json = set_up(options["log_format"])
+        _run(_serve_with(options, is_json))
 
 
 @cli.command()
@@ -94,7 +96,7 @@ def serve(**options: Any) -> None:
 @click.option("--journal", default="sqlite:///relay-demo.db", show_default=True, help="As for serve.")
 def demo(port: int, journal: str) -> None:
     """Run relay in front of a built-in sample agent, with a page to watch, cut and resume."""
-    _logging(logging.WARNING)
+    set_up("text", logging.WARNING)
     _run(_demo(port, journal))
 
 
@@ -185,6 +187,24 @@ def inspect(stream: str, run: str | None, transcript: bool, url: str, token: str
 
 
 @cli.command()
+@click.option(
+    "--url", envvar="RELAY_URL", default="", help="A running relay.  [default: http://127.0.0.1:8080]"
+)
+@click.option("--public-url", default="", help="How clients reach it, if that is another way.")
+@click.option("--admin-url", default="", help="Where its administration listens, if it has --admin-addr.")
+@click.option("--journal", default="", help="As for serve: looked at from here, whether or not relay runs.")
+@click.option("--upstream", default="", help="As for serve: the same.")
+@_TOKEN
+def doctor(url: str, public_url: str, admin_url: str, journal: str, upstream: str, token: str) -> None:
+    """Look for what will hurt: of a running relay, or of the settings of one to be started."""
+    # Settings alone are asked about before there is a relay.
+    if not url and not public_url and not admin_url and not (journal or upstream):
+        url = "http://127.0.0.1:8080"
+    url = url or public_url or admin_url
+    _run(_doctor(url, public_url or url, admin_url or url, journal, upstream, token))
+
+
+@cli.command()
 @click.argument("streams", nargs=-1, required=True)
 @click.option(
     "--scope",
@@ -219,6 +239,18 @@ def token(
     click.echo(made)
 
 
+async def _doctor(url: str, public_url: str, admin_url: str, journal: str, upstream: str, token: str) -> None:
+    findings = []
+    if journal or upstream:
+        opened = open_journal(Settings(journal=journal)) if journal else None
+        path: Path | None = getattr(opened, "path", None)
+        findings += await examine_settings(None if path else opened, path, upstream)
+    if url:
+        findings += await examine(url, admin_url, public_url, token)
+    if not tell(findings, click.echo):
+        sys.exit(1)
+
+
 def _run(work: Coroutine[Any, Any, None], run: Callable[..., None] = uvloop.run) -> None:
     try:
         run(work)
@@ -229,17 +261,12 @@ def _run(work: Coroutine[Any, Any, None], run: Callable[..., None] = uvloop.run)
         sys.exit(130)
 
 
-def _logging(level: int = logging.INFO, about: str = "") -> None:
-    logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s %(name)s {about}%(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-
-
-async def _serve_with(options: dict[str, Any]) -> None:
+async def _serve_with(options: dict[str, Any], is_json: bool) -> None:
     settings = Settings(**options)
-    await _serve(settings, lambda url: click.echo(_ready(settings, url)))
+    await _serve(settings, partial(_say_ready, settings, is_json))
 
 
-async def _supervise(options: dict[str, Any]) -> None:
+async def _supervise(options: dict[str, Any], is_json: bool) -> None:
     """Have several workers run relay until told to stop."""
     settings = Settings(**options)
     _check_bind(settings)
@@ -250,13 +277,13 @@ async def _supervise(options: dict[str, Any]) -> None:
         )
     with _listen(settings.host, settings.port) as reserved:
         supervisor = Supervisor(settings, reserved)
-        if not await supervisor.run(lambda: click.echo(_ready(settings, _url(reserved)))):
+        if not await supervisor.run(lambda: _say_ready(settings, is_json, _url(reserved))):
             sys.exit(1)
 
 
 def _work(worker: Worker, options: dict[str, Any]) -> None:
     """Be one of several workers."""
-    _logging(about=f"worker={worker.number} ")
+    set_up(options["log_format"], worker=worker.number)
     share_metrics(worker.directory, worker.number)
     try:
         uvloop.run(_serve(Settings(**options), lambda url: worker.say_ready(), worker))
@@ -313,7 +340,7 @@ async def _administration(app: App, settings: Settings, *, shared: bool) -> Asyn
     with _listen(host, port, shared=shared) as listener:
         serving = server(app.administration, _nothing, settings, grace_s=1, counts=app.counts)
         task = await _started(serving, listener)
-        click.echo(f"relay's administration is on {_url(listener)}")
+        log.info("relay's administration is on %s", _url(listener))
         try:
             yield
         finally:
@@ -424,8 +451,10 @@ def _url(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _ready(settings: Settings, url: str) -> str:
-    return f"relay is ready on {url} (journal {_shown(settings.journal)})"
+def _say_ready(settings: Settings, is_json: bool, url: str) -> None:
+    """Say where relay serves, to who started it."""
+    said, journal = "relay is ready on %s (journal %s)", _shown(settings.journal)
+    click.echo(json_line(log, said, url, journal) if is_json else said % (url, journal))
 
 
 def _shown(url: str) -> str:

@@ -7,6 +7,7 @@ import asyncio
 import codecs
 import contextlib
 import math
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import orjson
 from relay.client import Frame, Producer, Unreachable, cancel, get, subscribe
 from relay.errors import InvalidEvent, RelayError, RunEnded
 from relay.limits import check_stream_name
+from relay.progress import Progress, size
 
 LINE_MAX_BYTES = 8 * 1024 * 1024
 READ_BYTES = 64 * 1024
@@ -56,19 +58,39 @@ async def tail_stream(
     as_json: bool,
     echo: Callable[[str], Any],
     token: str = "",
+    progress: Progress | None = None,
 ) -> None:
     """Print a stream's frames, one line each, until it ends; comes back after a cut, or a restart of relay,
-    from its cursor. Raises `Refused` when relay cannot be reached at first, or does not serve the stream."""
+    from its cursor. A replay says in `progress` how much of it is left. Raises `Refused` when relay cannot be
+    reached at first, or does not serve the stream."""
     check_stream_name(stream)
+    progress = progress or Progress(sys.stderr)
+    top = 0
     frames = subscribe(
         url, stream, after=after, run=run, wait_s=wait_s, control="events", give_up_s=math.inf, token=token
     )
     async with contextlib.aclosing(frames):
         with _saying_why():
             async for frame in frames:
+                if frame.control is not None:
+                    top = _replayed_up_to(frame.control, top)
+                progress.clear()
                 _print(frame, as_json, echo)
+                behind = top - int(frame.id.partition("-")[0] or top)
+                if behind > 0:
+                    progress.show(f"{behind} frames behind")
                 if frame.control is not None and frame.control.get("reason") == "deleted":
                     return
+
+
+def _replayed_up_to(control: dict[str, Any], top: int) -> int:
+    """Up to which seq there is something to catch up with; 0 when that is done."""
+    match control["type"]:
+        case "hello":
+            return int(str(control["top"]).partition("-")[0])
+        case "live" | "bye":
+            return 0
+    return top
 
 
 async def show(
@@ -120,11 +142,12 @@ async def push_run(
     options: PushOptions,
     echo: Callable[[str], Any],
     token: str = "",
+    progress: Progress | None = None,
 ) -> None:
     """Make one run of everything that `read` gives until it gives nothing, and complete it. Frames are
     numbered, so that requests are made again until relay has taken them, and a run that has a name can be
-    pushed again from the beginning. Raises `Refused` when relay does not take the run or ends it; a run that
-    breaks off here ends `failed`."""
+    pushed again from the beginning. `progress` says how much was given so far. Raises `Refused` when relay
+    does not take the run or ends it; a run that breaks off here ends `failed`."""
     check_stream_name(stream)
     is_text = options.form == "text"
     # Lines are the same each time, so that those which are there already are dropped; pieces of text are not.
@@ -139,24 +162,32 @@ async def push_run(
                     raise Refused(
                         "A run of text cannot be pushed again: its pieces are not the same each time."
                     )
-                await _push(producer, read, options)
+                await _push(producer, read, options, progress or Progress(sys.stderr))
         except RunEnded as ended:
             if opened or ended.extra["run_status"] != "completed":
                 raise
             echo(producer.run)  # it has everything
 
 
-async def _push(producer: Producer, read: Callable[[int], bytes], options: PushOptions) -> None:
+async def _push(
+    producer: Producer, read: Callable[[int], bytes], options: PushOptions, progress: Progress
+) -> None:
     """Send what is read as soon as it is there."""
     cut = _pieces if options.form == "text" else _lines_of
-    async for texts in cut(_chunks(read)):
-        for text in texts:
-            if options.form != "ndjson":
-                await producer.send(text, options.event)
-            elif text.strip():
-                with _saying_why(producer.run):  # which becomes the error of the run, too
-                    data, event = _data_and_event(text)
-                    await producer.send(data, event)
+    first, given = producer.next_seq, 0
+    try:
+        async for texts in cut(_chunks(read)):
+            for text in texts:
+                if options.form != "ndjson":
+                    await producer.send(text, options.event)
+                elif text.strip():
+                    with _saying_why(producer.run):  # which becomes the error of the run, too
+                        data, event = _data_and_event(text)
+                        await producer.send(data, event)
+                given += len(text)
+                progress.show(f"{producer.next_seq - first} frames, {size(given)}")
+    finally:
+        progress.clear()
 
 
 @contextlib.contextmanager

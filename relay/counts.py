@@ -10,8 +10,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
+from operator import itemgetter
 
 from relay.frame import Event
+
+_DATA_OF = itemgetter(Event._fields.index("data"))
 
 PROXIED = "proxied"
 """A run whose answer relay reads from upstream."""
@@ -91,10 +94,10 @@ class Counts:
             return
         journaled = self.journaled[source]
         journaled.frames += new
-        if new == len(events):
-            for event in events:
-                journaled.bytes += len(event[1])
-        else:
+        if len(events) != new:
             self.duplicates_suppressed += len(events) - new
-            for event in events[len(events) - new :]:
-                journaled.bytes += len(event[1])
+            events = events[len(events) - new :]
+        if len(events) == 1:
+            journaled.bytes += len(events[0].data)
+        else:
+            journaled.bytes += sum(map(len, map(_DATA_OF, events)))

@@ -39,6 +39,8 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 # Twice as many series, and Prometheus takes nothing from them in this format.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
+VERSION = version("relay-sidecar")
+
 RESUME_OUTCOMES = (
     "resumed",
     "ended",
@@ -192,7 +194,7 @@ class Metrics:
             "relay_build_info", "Which relay this is, on what kind of journal.", ["version", "journal"],
             registry=self.registry, multiprocess_mode="livemax",
         )  # fmt: skip
-        self.build_info.labels(version("relay-sidecar"), journal).set(1)
+        self.build_info.labels(VERSION, journal).set(1)
         self._redis = (
             {
                 "memory_bytes": self._gauge(

@@ -7,6 +7,7 @@ taken for not given, and unknown ones are refused: a misspelt wish would pass fo
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from relay import trace
 from relay.api import Guarded, Json, News, run_object, stream_object
 from relay.dialects.detect import BY_NAME
 from relay.errors import (
@@ -33,7 +35,7 @@ from relay.frame import Event
 from relay.ingest.formats import FORMATS, FrameParser, events_of_json
 from relay.ingest.proxy import IF_BUSY, SUPERSEDES_MAX, ClientGone, RunWishes
 from relay.ingest.push import Piece, PushOpening, Receipt, Turn, key_of
-from relay.ingest.upstream import upstream_request
+from relay.ingest.upstream import UpstreamRequest, upstream_request
 from relay.journal.base import RunInfo, StreamChange
 from relay.lifecycle import Ending, Reason, Status, ending
 from relay.limits import (
@@ -141,15 +143,16 @@ class RunRoutes:
         upstream = given.pop("upstream", None)
         opening = _opening(stream, given, request, body)
         if upstream is not None:
-            return await self._start(opening, upstream)
+            return await self._start(opening, upstream, request.headers.get("traceparent", ""))
         turn = await self._app.pushes.open(opening)
         return Json(_turn_object(turn), status_code=201 if turn.opened else 200)
 
-    async def _start(self, opening: PushOpening, upstream: Any) -> Response:
+    async def _start(self, opening: PushOpening, upstream: Any, traceparent: str) -> Response:
         """The run of an answer that relay fetches itself."""
         if opening.idle_timeout_s is not None:
             raise InvalidParameter("A run of upstream's has no idle timeout.", parameter="idle_timeout_s")
-        wishes, called = replace(opening.wishes, run=opening.run), upstream_request(upstream)
+        wishes = replace(opening.wishes, run=opening.run)
+        called = _traced(upstream_request(upstream), traceparent)
         await self._app.pushes.check_key(opening)
         try:
             started = await self._app.start_run(opening.stream, called, wishes)
@@ -510,6 +513,16 @@ def _opening(stream: str, given: Mapping[str, Any], request: Request, body: byte
         key=key_of("POST", *scope) if key else "",
         digest=hashlib.sha256(body).hexdigest() if key else "",
     )
+
+
+def _traced(called: UpstreamRequest, given: str) -> UpstreamRequest:
+    """A call of relay's own, of the trace that it names, of its caller's, or of a new one."""
+    own = [value.decode("latin-1") for name, value in called.headers if name == trace.HEADER]
+    traceparent = next((value for value in (*own, given) if trace.trace_id_of(value)), "")
+    traceparent = traceparent or trace.new_traceparent(secrets.token_bytes(trace.RANDOM_BYTES))
+    trace.TRACE_ID.set(trace.trace_id_of(traceparent))
+    headers = [header for header in called.headers if header[0] != trace.HEADER]
+    return called._replace(headers=[*headers, (trace.HEADER, traceparent.encode("latin-1"))])
 
 
 def _text(given: Mapping[str, Any], name: str) -> str:

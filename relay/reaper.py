@@ -134,7 +134,10 @@ class Reaper:
             ended = await self._journal.end_run(stream, run, OWNER_LOST, _SAID_OF_LOST, owner=owner)
             if ended.by_this:
                 silent_s = self._lease_s + self._now() - since
-                self._tell(stream, run, ended, f"owner={owner} silent_s={silent_s:.1f}")
+                log.warning(
+                    "owner is gone stream=%s run=%s owner=%s silent_s=%.1f", stream, run, owner, silent_s
+                )
+                self._on_ended(stream, run, ended)
             elif ended.status is not Status.OPEN:
                 await self._journal.file_ending(stream, run)
 
@@ -144,7 +147,7 @@ class Reaper:
         async def reap(stream: str, run: str) -> None:
             ended = await self._journal.end_due(stream, run, reachable_since_ms, _SAID_OF_DUE)
             if ended is not None and ended.by_this:
-                self._tell(stream, run, ended, "owner=none")
+                self._on_ended(stream, run, ended)
             elif ended is not None:
                 await self._journal.file_ending(stream, run)
 
@@ -183,10 +186,3 @@ class Reaper:
             raise
         except Exception:
             log.exception("run cannot be ended stream=%s run=%s", stream, run)
-
-    def _tell(self, stream: str, run: str, ended: Ended, about: str) -> None:
-        log.warning(
-            "run ended stream=%s run=%s status=%s reason=%s %s",
-            stream, run, ended.status, ended.reason, about,
-        )  # fmt: skip
-        self._on_ended(stream, run, ended)

@@ -433,6 +433,12 @@ def allow_connections(wanted: int) -> int:
     return wanted if soft == resource.RLIM_INFINITY else min(wanted, soft - SPARE_FILES)
 
 
+def connections_allowed() -> int:
+    """How many connections of clients and of upstream this process can have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - SPARE_FILES
+
+
 def server(
     app: Any,
     drain: Callable[[], Awaitable[None]],

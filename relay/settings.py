@@ -45,6 +45,11 @@ class Settings:
         "", "HOST:PORT where listing, diagnostics and metrics are served instead of on the main port."
     )
 
+    log_format: str = _setting(
+        "auto", "Lines for people, or JSON objects; auto is JSON unless they go to a terminal.",
+        choices=("auto", "json", "text"),
+    )  # fmt: skip
+
     producer_key: tuple[str, ...] = _setting(
         (), "Reads, writes and cancels every stream: what your backend holds. Repeatable."
     )

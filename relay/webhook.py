@@ -175,35 +175,39 @@ class Webhook:
         """Try once, and say in the journal what came of it. If that is not said, the claim lapses and the
         delivery is tried again."""
         stream, run, tries = delivery
-        where = f"stream={stream} run={run}"
         try:
             async with asyncio.timeout(self._lease_s):
                 failure = await self._try(session, delivery)
         except (UnknownStream, UnknownRun):
-            log.warning("not delivered, the run was removed %s tries=%d", where, tries)
+            log.warning("not delivered, the run was removed stream=%s run=%s tries=%d", stream, run, tries)
             failure = ""
         except JournalError as error:
-            log.warning("not delivered, the journal is away %s: %s", where, error)
+            log.warning("not delivered, the journal is away stream=%s run=%s: %s", stream, run, error)
             return
         except TimeoutError:
             failure = "it took longer than it was claimed for"
         except Exception as error:
-            log.exception("not delivered %s", where)
+            log.exception("not delivered stream=%s run=%s", stream, run)
             failure = f"relay failed: {type(error).__name__}"
         delay_s = delay_after(tries, self._settings.webhook_give_up_s) if failure else None
         try:
             if delay_s is not None:
                 delay_s *= 1 + JITTER * (2 * self._jitter() - 1)
-                log.warning("not delivered %s tries=%d again_s=%.0f: %s", where, tries + 1, delay_s, failure)
+                log.warning(
+                    "not delivered stream=%s run=%s tries=%d again_s=%.0f: %s",
+                    stream, run, tries + 1, delay_s, failure,
+                )  # fmt: skip
                 self._counts.webhook_deliveries[RETRIED] += 1
                 await self._journal.postpone_delivery(stream, run, delay_s)
                 return
             if failure:
-                log.error("never delivered, given up %s tries=%d: %s", where, tries + 1, failure)
+                log.error(
+                    "never delivered, given up stream=%s run=%s tries=%d: %s", stream, run, tries + 1, failure
+                )
                 self._counts.webhook_deliveries[GIVEN_UP] += 1
             await self._journal.settle_delivery(stream, run)
         except JournalError as error:
-            log.warning("the outcome is not noted %s: %s", where, error)
+            log.warning("the outcome is not noted stream=%s run=%s: %s", stream, run, error)
 
     async def _try(self, session: aiohttp.ClientSession, delivery: Delivery) -> str:
         """Post a run's transcript. Why it was not taken; empty when nothing is left to do."""

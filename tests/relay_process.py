@@ -19,7 +19,7 @@ START_DEADLINE_S = 60
 
 class RelayProcess:
     """`relay serve` on a free port. Settings are given as keyword arguments: heartbeat_s=0.05. It compresses
-    for whoever accepts it, which every second `Reading` and all SDKs and browsers do."""
+    for whoever accepts it, which every second `Reading` and all SDKs and browsers do, and logs for people."""
 
     def __init__(self, process: subprocess.Popen[str], url: str, log: list[str]) -> None:
         self.process = process
@@ -43,7 +43,7 @@ class RelayProcess:
         ]
         if upstream:
             arguments += ["--upstream", upstream]
-        for name, value in ({"compress": "always"} | settings).items():
+        for name, value in ({"compress": "always", "log_format": "text"} | settings).items():
             flag = "--" + name.replace("_", "-")
             for item in value if isinstance(value, list | tuple) else [value]:
                 arguments += [flag] if item is True else [flag, str(item)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from tcp_proxy import TcpProxy
 from relay import client, commands
 from relay.commands import PushOptions, Refused, cancel_run, list_streams, push_run, show, tail_stream
 from relay.errors import InvalidName
+from relay.progress import Progress
 
 DEADLINE_S = 40
 
@@ -525,3 +527,38 @@ def test_inspect_pages_through_more_runs_than_one_answer_holds(relay: RelayProce
     for run in runs:
         ask(relay.port, "POST", f"{name}/runs", {"run": run, "if_busy": "supersede"})
     assert [each["run"] for each in inspected(relay, name)["runs"]] == runs
+
+
+class Terminal(io.StringIO):
+    """Where somebody waits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_push_says_how_far_it_is_and_then_no_more(relay: RelayProcess, name: str) -> None:
+    terminal, given = Terminal(), iter([b"one\ntwo\n", b"three\n", b""])
+    progress = Progress(terminal, iter(range(1000)).__next__)
+    asyncio.run(
+        push_run(
+            relay.url, name, lambda size: next(given), PushOptions("lines", "", {}), lambda run: None,
+            progress=progress,
+        )
+    )  # fmt: skip
+    shown = [text for text in terminal.getvalue().split("\r\x1b[K") if text]
+    assert shown == ["1 frames, 3 B", "2 frames, 6 B", "3 frames, 11 B"]
+    assert terminal.getvalue().endswith("\r\x1b[K")
+
+
+def test_a_replay_says_how_much_of_it_is_left_and_a_live_stream_nothing(
+    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+) -> None:
+    stream = answer(relay, upstream, name, "one", "two", named=False)
+    terminal, lines = Terminal(), list[str]()
+    progress = Progress(terminal, iter(range(1000)).__next__)
+    asyncio.run(tail_stream(relay.url, stream, "start", None, 0, False, lines.append, progress=progress))
+    shown = [text for text in terminal.getvalue().split("\r\x1b[K") if text]
+    # Behind at its start, at run.started, one and two; not at run.ended.
+    assert shown == [f"{behind} frames behind" for behind in (4, 3, 2, 1)]
+    assert data(lines) == ["one", "two"]
+    assert terminal.getvalue().endswith("\r\x1b[K")

@@ -218,7 +218,7 @@ def test_p3_a_dead_process_loses_its_runs_within_ten_seconds_and_not_within_its_
     play(scene())
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "stream=s run=r status=lost reason=owner_lost owner=dead silent_s=" in record.getMessage()
+    assert "stream=s run=r owner=dead silent_s=" in record.getMessage()
 
 
 def test_one_look_that_finds_no_lease_is_not_enough(world: World) -> None:

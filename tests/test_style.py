@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-CORE = {"errors", "limits", "settings", "cursor", "frame", "sse", "ndjson", "lifecycle", "counts"}
+CORE = {"errors", "limits", "settings", "cursor", "frame", "sse", "ndjson", "lifecycle", "counts", "trace"}
 IMPURE = {
     "asyncio",
     "time",

@@ -685,3 +685,31 @@ def test_a_webhook_without_a_secret_is_refused_with_advice_how_to_make_one() -> 
 
 def test_a_secret_may_lack_its_padding() -> None:
     made(webhook_secret="whsec_" + base64.b64encode(b"s" * 25).decode().rstrip("="))
+
+
+# How long deliveries wait
+
+
+def test_the_delivery_that_waits_longest_is_told(fresh_journal: Callable[[], str], name: str) -> None:
+    """However late its next try is."""
+
+    async def scene() -> None:
+        async with own_journal(fresh_journal(), name) as journal:
+            assert (await journal.condition()).waiting_since_ms == 0
+            ended = []
+            for run in ("r1", "r2"):
+                opening = RunOpening("s", run, "w", f"token-{run}", Retention(), deliver=True)
+                await journal.open_run(opening)
+                await journal.end_run("s", run, ending(Reason.CLIENT_CANCEL), {})
+                ended.append((await journal.run("s", run)).ended_ms)
+                await journal.file_ending("s", run)
+            assert (await journal.condition()).waiting_since_ms == ended[0]
+            for delivery in await journal.claim_deliveries(10, 60):
+                await journal.postpone_delivery(delivery.stream, delivery.run, 3600)
+            assert (await journal.condition()).waiting_since_ms == ended[0]
+            await journal.settle_delivery("s", "r1")
+            assert (await journal.condition()).waiting_since_ms == ended[1]
+            await journal.settle_delivery("s", "r2")
+            assert (await journal.condition()).waiting_since_ms == 0
+
+    asyncio.run(scene())

@@ -32,7 +32,7 @@ async def open_run(journal: Journal, opening: RunOpening, timeout_s: float, on_e
             raise  # no blip: the client has waited long enough
         opened = await journal.open_run(opening)
     for run in opened.ended:
-        on_ended(opening.stream, run, SUPERSEDED, 0)
+        on_ended(opening.stream, run, SUPERSEDED, 0, None)
     if opened.frames_after:
         log.warning(
             "stream=%s run=%s supersedes %s: %d frames of other runs (%s) stand at or after the start of the "

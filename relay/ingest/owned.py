@@ -12,13 +12,14 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from relay.counts import Counts
 from relay.cursor import ORIGIN, Cursor
 from relay.dialects.detect import error_events
 from relay.errors import CallerError, Diverged, JournalError, Rewound, UnknownRun, UnknownStream
 from relay.ingest.writer import HeldMemory, RunWriter
-from relay.journal.base import Journal, RunState
+from relay.journal.base import Journal, RunInfo, RunState
 from relay.lifecycle import Ending, Reason, Status, ending
 from relay.settings import Settings
 
@@ -37,8 +38,20 @@ PUT_BACK_PAUSE_S = 0.1
 """Pause before frames are put back that wait for others' frames."""
 
 
-OnEnded = Callable[[str, str, Ending, int], None]
-"""Told of a run that this process ended: stream, run, ending, bytes of shown text."""
+class Facts(NamedTuple):
+    """What is known of a run that ended: frames of its producer, and how long it was open."""
+
+    frames: int
+    duration_s: float
+
+    @staticmethod
+    def of(info: RunInfo) -> Facts:
+        """As the journal has them."""
+        return Facts(info.frames, max(0, info.ended_ms - info.started_ms) / 1000)
+
+
+OnEnded = Callable[[str, str, Ending, int, Facts | None], None]
+"""Told of a run that this process ended: stream, run, ending, bytes of shown text, what else is known."""
 
 
 class _Run:
@@ -201,9 +214,8 @@ class OwnedRuns:
     async def _end(self, journal: Journal, key: tuple[str, str], end: Ending) -> None:
         ended = await journal.end_run(*key, end, error_events(end), owner=self.name)
         if ended.by_this:
-            log.warning("run ended stream=%s run=%s status=%s reason=%s", *key, end.status, end.reason)
             self.counts.orphans_reaped += end.reason is Reason.OWNER_LOST
-            self._on_ended(*key, end, ended.text_bytes)
+            self._on_ended(*key, end, ended.text_bytes, None)
 
 
 def _now() -> float:

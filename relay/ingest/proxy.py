@@ -42,7 +42,7 @@ from relay.errors import (
 from relay.frame import Frame
 from relay.ingest.naming import naming_rules, parse_json, stream_routes
 from relay.ingest.opening import SAID_OF_SUPERSEDED, open_run
-from relay.ingest.owned import OnEnded, OwnedRuns
+from relay.ingest.owned import Facts, OnEnded, OwnedRuns
 from relay.ingest.pump import Called, CallingPump, Lines, Parser, Pump, ServerSentEvents, Whole
 from relay.ingest.upstream import Answer, Headers, Inflater, Upstream, UpstreamRequest, end_to_end
 from relay.ingest.writer import RunWriter
@@ -662,7 +662,9 @@ class Proxy:
 
     def _count(self, pump: Pump) -> None:
         if pump.ended is not None:
-            self._on_ended(pump.writer.stream, pump.writer.run, pump.ended, pump.text_bytes)
+            writer = pump.writer
+            facts = Facts(max(0, writer.next_seq - 1), pump.ended_at - pump.started_at)
+            self._on_ended(writer.stream, writer.run, pump.ended, pump.text_bytes, facts)
 
     def _write_later(self, writer: RunWriter, write: Callable[[], Awaitable[None]]) -> None:
         while len(self._unwritten) >= UNWRITTEN_MAX:
@@ -682,7 +684,7 @@ class Proxy:
             await writer.append_once((), 0, "", end)
         except (UnknownStream, UnknownRun):
             return  # it was not
-        self._on_ended(writer.stream, writer.run, end, 0)
+        self._on_ended(writer.stream, writer.run, end, 0, None)
 
     def pump(self, stream: str, run: str) -> Pump | None:
         """The pump of a run whose upstream this process reads."""

@@ -110,6 +110,7 @@ class Pump:
         """What is still to be journaled when the journal is back."""
         self.ended: Ending | None = None
         """How this process ended the run; None also for a run that somebody else ended."""
+        self.ended_at = started_at
         self.text_bytes = 0
         self._answer = answer
         self._parser = parser
@@ -333,14 +334,8 @@ class Pump:
             self.unwritten = (), end
             await append((), 0, dialect, end, self._error_event(end))
         self.unwritten = None
-        self._ended(end)
-
-    def _ended(self, end: Ending) -> None:
         self.ended = end
-        log.info(
-            "run ended stream=%s run=%s status=%s reason=%s",
-            self.writer.stream, self.writer.run, end.status, end.reason,
-        )  # fmt: skip
+        self.ended_at = asyncio.get_running_loop().time()
 
     def _break_off(self) -> None:
         self.broken = True

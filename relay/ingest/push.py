@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
@@ -42,7 +42,7 @@ from relay.errors import (
 from relay.frame import Event
 from relay.ingest.formats import FrameParser
 from relay.ingest.opening import SAID_OF_SUPERSEDED, open_run
-from relay.ingest.owned import OnEnded, OwnedRuns
+from relay.ingest.owned import Facts, OnEnded, OwnedRuns
 from relay.ingest.proxy import ClientGone, RunWishes
 from relay.ingest.writer import RunWriter
 from relay.journal.base import Append, Appended, Journal, Opened, RunInfo, RunOpening
@@ -309,6 +309,8 @@ class Pushes:
         self._owned = owned
         self._on_ended = on_ended
         self._counts = owned.counts
+        self._doubted: set[tuple[str, str]] = set()
+        """Runs that were cancelled here, perhaps: the journal's answer was lost."""
         self._known: dict[tuple[str, str, str], RunOpening] = {}
         self._bodies: dict[Push, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -406,7 +408,7 @@ class Pushes:
             _add_receipt(error, push.receipt)
             raise
         if ended and end is not None:
-            await self._count(push, end)
+            await self._count(push.writer.stream, push.writer.run, end)
         return push.receipt
 
     async def push_whole(
@@ -445,7 +447,7 @@ class Pushes:
             _add_receipt(error, push.receipt, turn.run)
             raise
         if ended:
-            await self._count(push, end)
+            await self._count(push.writer.stream, push.writer.run, end)
         return replace(turn, status=end.status, reason=end.reason), push.receipt
 
     async def _push_owned(
@@ -486,7 +488,7 @@ class Pushes:
         """Journal the body and end the run, in one way or another."""
         try:
             if await self._take(push, next_piece, parser, end):
-                await self._count(push, end)
+                await self._count(push.writer.stream, push.writer.run, end)
             return
         except ClientGone:
             failed = ending(Reason.UPSTREAM_TRUNCATED, "The request broke off before its end.")
@@ -559,23 +561,26 @@ class Pushes:
         Raises `UnknownStream`, `UnknownRun`."""
         end = ending(Reason.CLIENT_CANCEL, error)
         began = perf_counter()
-        ended = await self._journal.end_run(stream, run, end, error_events(end))
+        try:
+            ended = await self._journal.end_run(stream, run, end, error_events(end))
+        except JournalUnavailable:
+            self._doubted.add((stream, run))
+            self._spawn(self._find_out(stream, run, end))
+            raise
         if ended.by_this:
             self._counts.cancel_to_end.observe(perf_counter() - began)
-            _log_ended(stream, run, end)
-            self._on_ended(stream, run, end, ended.text_bytes)
+            await self._count(stream, run, end)
         return await self._journal.run(stream, run)
 
     async def delete(self, stream: str) -> None:
         """Delete a stream, whether or not there is one."""
         end = ending(Reason.STREAM_DELETED)
         for run in await self._journal.delete(stream):
-            _log_ended(stream, run, end)
-            self._on_ended(stream, run, end, 0)
+            self._on_ended(stream, run, end, 0, None)
 
     async def _end(self, push: Push, end: Ending) -> None:
         if await push.append((), end):
-            await self._count(push, end)
+            await self._count(push.writer.stream, push.writer.run, end)
 
     async def _end_surely(self, push: Push, end: Ending) -> None:
         """End a run of this process: now, or when the journal is back."""
@@ -586,8 +591,27 @@ class Pushes:
         except (RunEnded, Fenced, UnknownRun, UnknownStream) as error:
             log.info("run over stream=%s run=%s: %s", push.writer.stream, push.writer.run, error.code)
 
+    async def _find_out(self, stream: str, run: str, end: Ending) -> None:
+        """Count an ending whose answer was lost, if it happened and nobody who asked again counts it."""
+        info: RunInfo | None = None
+        while info is None:
+            await asyncio.sleep(END_RETRY_S)
+            try:
+                info = await self._journal.run(stream, run)
+            except JournalError:
+                continue
+            except (UnknownStream, UnknownRun):
+                break
+        if (stream, run) in self._doubted:
+            self._doubted.discard((stream, run))
+            if info is not None and (info.status, info.reason, info.error) == end:
+                self._on_ended(stream, run, end, info.text_bytes, Facts.of(info))
+
     def _end_later(self, stream: str, run: str, end: Ending) -> None:
-        task = asyncio.get_running_loop().create_task(self._keep_ending(stream, run, end))
+        self._spawn(self._keep_ending(stream, run, end))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -603,19 +627,18 @@ class Pushes:
             except (UnknownStream, UnknownRun):
                 return
             if ended.by_this or ended.reason == end.reason:  # or the first try was done after all
-                _log_ended(stream, run, end)
-                self._on_ended(stream, run, end, ended.text_bytes)
+                self._on_ended(stream, run, end, ended.text_bytes, None)
             return
 
-    async def _count(self, push: Push, end: Ending) -> None:
+    async def _count(self, stream: str, run: str, end: Ending) -> None:
         """Count a run that this request ended."""
-        stream, run = push.writer.stream, push.writer.run
-        _log_ended(stream, run, end)
+        self._doubted.discard((stream, run))
         try:
-            text_bytes = (await self._journal.run(stream, run)).text_bytes
+            info = await self._journal.run(stream, run)
         except RelayError:
-            text_bytes = 0
-        self._on_ended(stream, run, end, text_bytes)
+            self._on_ended(stream, run, end, 0, None)
+        else:
+            self._on_ended(stream, run, end, info.text_bytes, Facts.of(info))
 
     async def _why_over(self, push: Push, error: RelayError) -> RelayError:
         """What to tell a producer whose run somebody else ended or took over."""
@@ -670,7 +693,3 @@ def _add_receipt(error: RelayError, receipt: Receipt, run: str = "") -> None:
     if run:
         known["run"] = run
     error.extra |= {name: value for name, value in known.items() if name not in error.extra}
-
-
-def _log_ended(stream: str, run: str, end: Ending) -> None:
-    log.info("run ended stream=%s run=%s status=%s reason=%s", stream, run, end.status, end.reason)

@@ -81,7 +81,8 @@ class Reader:
         self.heartbeat_due = False
         self.blocked_since: float | None = None
         self._position = position
-        self._written_at = tails.now()
+        self._began_at_seq = position.seq
+        self._written_at = self._began_at = tails.now()
         self._tails = tails
         self._tail: Tail | None = None
         self._page: SharedPage | None = page
@@ -110,6 +111,16 @@ class Reader:
     def lag(self) -> int:
         """How many frames of the stream, as far as this process knows it, come after the position."""
         return 0 if self._tail is None else max(0, self._tail.top.seq - self.position.seq)
+
+    @property
+    def passed(self) -> int:
+        """How many frames it passed on, or over."""
+        return max(0, self.position.seq - self._began_at_seq)
+
+    @property
+    def lasted_s(self) -> float:
+        """How long ago it began."""
+        return self._tails.now() - self._began_at
 
     # From outside
 

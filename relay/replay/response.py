@@ -86,7 +86,10 @@ async def serve_reader(
         readers.discard(reader)
         if answer.released is not None:
             answer.released()
-    log.info("reader ended stream=%s reason=%s cursor=%s", reader.stream, end, reader.position)
+    log.info(
+        "reader ended stream=%s reason=%s cursor=%s run=%s frames=%d duration_s=%.3f client=%s",
+        reader.stream, end, reader.position, reader.view.run, reader.passed, reader.lasted_s, reader.client,
+    )  # fmt: skip
     return end
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from relay.errors import (
 from relay.frame import Event, Frame
 from relay.journal.base import Appended, Journal, StreamInfo, StreamTop
 from relay.journal.sqlite import SqliteJournal
-from relay.lifecycle import Status
+from relay.lifecycle import Reason, Status, ending
 from relay.limits import Retention
 
 # Appending.
@@ -631,6 +632,33 @@ async def test_deleting_an_unknown_stream_is_no_error(journal: Journal, stream: 
     await journal.open_run(opening(stream))
     await journal.delete(stream)
     await journal.delete(stream)
+
+
+async def test_a_deletion_tells_which_runs_it_ended(journal: Journal, stream: str) -> None:
+    assert list(await journal.delete(stream)) == []
+    for run in ("r1", "r2", "r3"):
+        await journal.open_run(opening(stream, run))
+    await journal.end_run(stream, "r2", ending(Reason.CLIENT_CANCEL), {})
+    assert sorted(await journal.delete(stream)) == ["r1", "r3"]
+    assert list(await journal.delete(stream)) == []
+
+
+# How the store is.
+
+
+async def test_a_journal_tells_how_it_is(journal: Journal) -> None:
+    condition = await journal.condition()
+    assert condition.kind in ("redis", "sqlite")
+    assert re.match(r"\d+\.\d+", condition.version)
+    again = await journal.condition()
+    assert 0 < condition.now_ms <= again.now_ms
+    wanted = {
+        "redis": {"memory_bytes", "memory_max_bytes", "memory_policy", "evicted_keys", "aof", "role"},
+        "sqlite": {"file_bytes", "disk_free_bytes", "synchronous"},
+    }
+    assert wanted[condition.kind] <= condition.details.keys()
+    assert None not in condition.details.values()
+    assert journal.reconnects == 0
 
 
 async def test_a_recreated_stream_begins_anew_with_other_ids(journal: Journal, stream: str) -> None:

@@ -48,7 +48,7 @@ class Ours:
         if not self._deaf:
             self.runs.on_run_over(stream, run)
 
-    def _count(self, stream: str, run: str, end: Ending, text_bytes: int) -> None:
+    def _count(self, stream: str, run: str, end: Ending, *_: object) -> None:
         self.counted.append((run, end.reason))
 
     async def begun(self, journal: Any, run: str, over: Callable[[], None] = lambda: None) -> RunWriter:

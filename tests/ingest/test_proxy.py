@@ -1761,7 +1761,7 @@ def test_a_run_that_relay_is_asked_to_call_upstream_for(
     assert (received.method, received.target) == ("PUT", f"/{name}?q=%20")
     assert received.body == '{"a":["\u00fc"]}'.encode()
     names = {key for key, _ in received.headers}
-    assert names == {"host", "x-mine", "content-type", "content-length", "accept-encoding"}
+    assert names == {"host", "x-mine", "content-type", "content-length", "accept-encoding", "traceparent"}
 
 
 # --- routes that a client calls already ---------------------------------------------------------------

@@ -28,11 +28,12 @@ from tcp_proxy import TcpProxy
 from relay.cursor import ORIGIN
 from relay.errors import Busy, JournalUnavailable, Rewound, RunEnded, SequenceGap
 from relay.frame import Event
+from relay.ingest import push
 from relay.ingest.formats import Lines
 from relay.ingest.owned import OwnedRuns
 from relay.ingest.proxy import ClientGone, RunWishes
 from relay.ingest.push import APPEND_MAX_FRAMES, Piece, Pushes, PushOpening
-from relay.journal.base import Append, Appended, Opened, RunOpening
+from relay.journal.base import Append, Appended, Ended, Opened, RunOpening
 from relay.journal.sqlite import SqliteJournal
 from relay.lifecycle import Ending, Reason, ending
 from relay.settings import Settings
@@ -539,6 +540,11 @@ class Lossy(SqliteJournal):
         self._lose("open_run")
         return opened
 
+    async def end_run(self, *arguments: Any, **options: Any) -> Ended:
+        ended = await super().end_run(*arguments, **options)
+        self._lose("end_run")
+        return ended
+
 
 class Scene:
     """Pushes into a lossy journal, and the endings they told of."""
@@ -551,7 +557,7 @@ class Scene:
         self.owned = OwnedRuns(self.settings, self._on_ended)
         self.pushes = Pushes(self.journal, self.settings, self.owned, self._on_ended)
 
-    def _on_ended(self, stream: str, run: str, end: Ending, text_bytes: int) -> None:
+    def _on_ended(self, stream: str, run: str, end: Ending, *_: object) -> None:
         self.endings.append((run, end.reason))
         self.ended.set()
 
@@ -625,6 +631,27 @@ def test_p3_an_ending_whose_outcome_is_not_known_is_written_and_counted_once(tmp
         await scene.pushes.end("s", turn.run, turn.writer, ending(Reason.INPUT_REQUIRED))
         await scene.pushes.end("s", turn.run, turn.writer, ending(Reason.INPUT_REQUIRED))
         assert scene.endings == [(turn.run, "input_required")]
+
+    check(scene, tmp_path)
+
+
+@pytest.mark.parametrize("asked_again", [False, True])
+def test_a_cancel_whose_answer_was_lost_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_again: bool
+) -> None:
+    monkeypatch.setattr(push, "END_RETRY_S", 0.01)
+
+    async def scene(scene: Scene) -> None:
+        turn = await scene.pushes.open(PushOpening("s", RunWishes()))
+        scene.journal.losses["end_run"] = 1
+        with pytest.raises(JournalUnavailable):
+            await scene.pushes.cancel("s", turn.run, "")
+        if asked_again:
+            assert (await scene.pushes.cancel("s", turn.run, "")).reason == "client_cancel"
+        await scene.ended.wait()
+        another = await scene.pushes.open(PushOpening("s", RunWishes()))
+        await scene.pushes.cancel("s", another.run, "")
+        assert scene.endings == [(turn.run, "client_cancel"), (another.run, "client_cancel")]
 
     check(scene, tmp_path)
 

@@ -84,7 +84,7 @@ def test_a_chunk_stops_behind_the_end_of_its_run() -> None:
     found = chunk(events(run="nobody"), FRAMES, wires)
     assert found == (b"", Cursor(6, 1005), None, 0)
     found = chunk(events("none"), FRAMES[:1], wires[:1])
-    assert found == (b"", Cursor(1, 1000), None)
+    assert found == (b"", Cursor(1, 1000), None, 0)
 
 
 @pytest.mark.parametrize("run", [None, "r"])
