@@ -105,7 +105,6 @@ OPENSSL = Tool(
     ("openssl",),
     {"apt-get": ("openssl",), "brew": ("openssl",), "dnf": ("openssl",), "apk": ("openssl",)},
 )
-
 PROMETHEUS = Tool(
     "prometheus",
     ("promtool",),
@@ -238,16 +237,6 @@ def ensure_tools(*tools: Tool) -> None:
             stop(f"{manager} installed a package for {tool.name}, but none of its programs is on the PATH")
 
 
-def ensure_welcome(*tools: Tool) -> None:
-    """As `ensure_tools`, of what single tests are skipped without; not every manager has a package of it."""
-    manager = next((name for name in INSTALL if shutil.which(name)), "")
-    for tool in tools:
-        if manager in tool.packages:
-            ensure_tools(tool)
-        elif not found(tool):
-            say(f"there is no package of {tool.name} here; the tests that run it are skipped")
-
-
 def install(manager: str, *packages: str) -> None:
     """Install packages, refreshing the lists only when it does not work without. Stops with the exact
     command where this account may not install."""
@@ -327,8 +316,7 @@ def demo(args: list[str]) -> int:
 
 def setup(args: list[str]) -> int:
     ensure_venv("test")
-    ensure_tools(REDIS, CHROMIUM, NODE, NPM, NGINX, CURL, OPENSSL, PROMETHEUS)
-    ensure_welcome(CADDY)
+    ensure_tools(REDIS, CHROMIUM, NODE, NPM, NGINX, CURL, OPENSSL, PROMETHEUS, CADDY)
     ensure_node_packages()
     ensure_fuzzer()
     return 0
