@@ -62,7 +62,7 @@ DECISIONS_MAX = 20_000
 TIME_MAX = 2**53
 """Largest time that a token may hold, in seconds."""
 
-# RFC 7515 section 3.1. PyJWT reads base64 leniently, and a token may become a cookie.
+# RFC 7515 section 3.1. A token may become a cookie: how leniently base64 is read is not left to libraries.
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", re.ASCII)
 
 _PATTERN = re.compile(r"[A-Za-z0-9._~:*-]{1,200}", re.ASCII)

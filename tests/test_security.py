@@ -277,7 +277,7 @@ def test_a_token_whose_times_are_no_times_grants_nothing(more: dict[str, Any]) -
 
 
 def test_a_token_is_nothing_but_three_words() -> None:
-    """Base64 is read leniently below us, and a token may become a cookie: nothing rides along."""
+    """It may become a cookie: nothing rides along."""
     good = signed()
     assert grant_of(good).streams == ("s",)
     for more in (";;", "=; Domain=evil.example", "\r\nX: y", ",", " ", "\n", "=", ".x"):
