@@ -283,7 +283,8 @@ def ensure_node_packages() -> None:
         return
     say("installing the JavaScript packages that the tests try")
     flags = ("--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline", "--loglevel=error")
-    if run("npm", "ci", "--prefix", str(JS), *flags) != 0:
+    # Not `npm ci`, which asks for other systems' packages too, and not every registry has them all.
+    if run("npm", "install", "--no-save", "--prefix", str(JS), *flags) != 0:
         stop("npm could not install them; the lines above say why. The next run starts afresh.")
     JS_STAMP.write_text(wanted)
 
