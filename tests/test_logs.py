@@ -8,12 +8,13 @@ import logging
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from producing import Producer, ask
+from producing import DEADLINE_S, Producer, ask
 from reading import Reading
 from relay_process import RelayProcess
 from run_record import whole_run
@@ -144,8 +145,10 @@ def lines_of(relay: RelayProcess, message: str, **members: Any) -> list[dict[str
 
 def line_of(relay: RelayProcess, message: str, **members: Any) -> dict[str, Any]:
     """The one such line, which comes when it comes."""
+    deadline = time.monotonic() + DEADLINE_S
     while not (found := lines_of(relay, message, **members)):
-        pass
+        assert time.monotonic() < deadline, relay.log
+        time.sleep(0.01)
     (line,) = found
     return line
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from relay.cursor import Cursor
 from relay.errors import JournalUnavailable
 from relay.frame import Frame
-from relay.journal.base import Follower, Journal, Page, RunInfo, RunOwner, StreamInfo, StreamTop
+from relay.journal.base import Follower, Journal, Orphan, Page, RunInfo, RunOwner, StreamInfo, StreamTop
 
 T = TypeVar("T")
 
@@ -152,9 +152,13 @@ class SteeredJournal:
 
     # Hints
 
-    async def start(self, follower: Follower, owner: RunOwner | None = None) -> None:
+    async def start(self, follower: Follower, owner: RunOwner | None = None) -> Sequence[Orphan]:
         self._follower = follower
-        await self.inner.start(self, owner)
+        return await self.inner.start(self, owner)
+
+    @property
+    def reconnects(self) -> int:
+        return self.inner.reconnects
 
     async def close(self) -> None:
         await self.inner.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -563,5 +564,26 @@ def test_a_stream_that_was_quiet_for_long_is_checked_rarely_until_it_speaks_agai
             await stage.say("a")
             await stage.until(lambda: tail.top.seq == 2)
             assert tail.check_at <= stage.tails.now()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(("ahead_s", "least_s", "most_s"), [(3600, 0, 0), (-3600, 3600, 3700)])
+def test_the_delay_of_a_flush_is_that_of_its_oldest_frame_and_never_negative(
+    tmp_path: Path, ahead_s: int, least_s: int, most_s: int
+) -> None:
+    """The journal's clock may be ahead of this host's."""
+
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            tail = await followed(stage)
+            delays = stage.tails.counts.delivery_delay
+            delays.clear()
+            oldest = time.time_ns() // 1_000_000 + ahead_s * 1000
+            frames = [Frame(tail.top.seq + 1 + n, oldest + n * 1_000_000, "r", "", b"word") for n in range(2)]
+            tail.on_frames(tail.top, frames)
+            tail._flush()
+            assert sum(delays.counts) == 1
+            assert least_s <= delays.total <= most_s
 
     asyncio.run(test())
