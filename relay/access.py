@@ -90,7 +90,7 @@ class Access:
         self._keyring = Keyring(settings)
         self._forward = ForwardAuth(settings) if settings.auth_url else None
         self._origins = tuple(_origin(text) for text in settings.cors_origin)
-        self._hosts = tuple(host.lower() for host in settings.allowed_host)
+        self._hosts = tuple(_host(text) for text in settings.allowed_host)
         if self._hosts or (not self.is_required and is_loopback(settings.host)):
             # A page whose name its owner has lead to this machine would be let in for the address it has.
             self._hosts += _LOCAL_NAMES
@@ -252,6 +252,10 @@ class Access:
             is_own = urlsplit(origin).netloc.lower() == heads[b"host"].lower()
         else:
             is_own = not has_cookie  # no browser
+        if not is_own and not site and not origin:
+            raise CrossOrigin(
+                "A request with a cookie has to say where it comes from: Origin, Sec-Fetch-Site."
+            )
         if not is_own:
             raise CrossOrigin("A page of another origin may not do this; --cors-origin names those that may.")
 
@@ -380,6 +384,13 @@ def _cookie(scope: Scope, token: str, life_s: int) -> bytes:
     # A browser keeps a Secure cookie of its own machine too, but not every one does without TLS.
     secure = "" if found and is_loopback(found[1]) else "; Secure"
     return f"{COOKIE}={token}; Path=/; Max-Age={life_s}; HttpOnly; SameSite=Strict{secure}".encode("latin-1")
+
+
+def _host(text: str) -> str:
+    name = text.removeprefix("*.")
+    if _HOST.fullmatch(name) is None or ":" in name.rpartition("]")[2]:
+        raise StartupError(f"--allowed-host {text!r}: write a name, such as app.example, or *.app.example.")
+    return text.lower()
 
 
 def _origin(text: str) -> str:

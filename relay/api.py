@@ -64,6 +64,9 @@ _ANSWER = "relay.answer"
 """Where an endpoint leaves what is to be served, past Starlette's router."""
 
 
+_NO_ROUTE = "relay serves nothing here; listing, diagnostics and metrics are at --admin-addr where it is set."
+
+
 class Guarded(Route):
     """A route for who has a right: in the stream that its path names, or of the administrator."""
 
@@ -113,7 +116,7 @@ class Api:
             if error.status_code == 405:
                 allow = self._allowed(scope)
                 raise MethodNotAllowed(f"Allowed: {allow}.", allow=allow) from None
-            raise RouteNotFound("No such route.") from None
+            raise RouteNotFound(_NO_ROUTE) from None
 
     def _allowed(self, scope: Scope) -> str:
         """The methods of every route with this path; Starlette names those of one."""

@@ -74,7 +74,7 @@ from relay.replay.response import (
 )
 from relay.replay.tail import Tails
 from relay.replay.view import ProxiedNdjsonView, ProxiedSseView
-from relay.security import EVERYTHING, Grant, Right
+from relay.security import EVERYTHING, LEEWAY_S, Grant, Right
 from relay.server import connections_allowed
 from relay.settings import Settings
 from relay.sse import EVENT_STREAM
@@ -148,6 +148,8 @@ class App:
         """Send readers away and let open runs finish."""
         self.draining = True
         self.metrics.draining.set(1)
+        if self.open_runs:
+            log.info("draining: open_runs=%s get grace_s=%s", self.open_runs, self.settings.drain_grace_s)
         self.readers.drain()
         draining = [self.pushes.drain()]
         if self._proxy is not None:
@@ -302,7 +304,8 @@ class App:
         if grant.expires_at is None:
             return rotation
         end = ReaderEnd.ROTATE if grant.renewable else ReaderEnd.REVOKED
-        return min(rotation, Lease(now + grant.expires_at - time.time(), end))
+        # No sooner than a new request would be refused, or who comes back is let in again for a moment.
+        return min(rotation, Lease(now + grant.expires_at + LEEWAY_S - time.time(), end))
 
     async def delete_under(self, prefix: str) -> int:
         """Delete every stream whose name begins so; how many. Raises `JournalError`."""

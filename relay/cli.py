@@ -325,9 +325,9 @@ async def _serve(settings: Settings, ready: Callable[[str], None], worker: Worke
             ready(url)
             if allowed < wanted:
                 log.info(
-                    "open files are limited: of %d connections, %d may be of clients",
-                    allowed, settings.connections_max,
-                )  # fmt: skip
+                    "clients may have %d connections, fewer than --connections-max, for open files are limited",
+                    settings.connections_max,
+                )
             await task
         finally:
             await app.close()

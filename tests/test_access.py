@@ -545,6 +545,12 @@ def test_an_origin_that_no_browser_sends_stops_relay(origin: str) -> None:
 # Hosts
 
 
+@pytest.mark.parametrize("host", ["https://a.example", "a.example:80", "", "*", "a b", "*.*.example"])
+def test_a_host_that_no_request_asks_for_stops_relay(host: str) -> None:
+    with pytest.raises(StartupError):
+        Access(Settings(allowed_host=(host,)))
+
+
 def host_answer(relay: RelayProcess, *hosts: str) -> int:
     with RawClient(relay.port) as client:
         lines = ["GET /relay/healthz HTTP/1.1", *(f"Host: {host}" for host in hosts), "", ""]

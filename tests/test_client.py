@@ -689,8 +689,8 @@ def test_the_examples_of_the_readme_do_what_they_say(relay: RelayProcess, name: 
     said = []
     for example in (push, follow):
         assert "http://127.0.0.1:8080" in example
-        assert '"chat-1"' in example
-        text = example.replace("http://127.0.0.1:8080", relay.url).replace('"chat-1"', f'"{name}"')
+        assert '"job-1"' in example
+        text = example.replace("http://127.0.0.1:8080", relay.url).replace('"job-1"', f'"{name}"')
         outcome = subprocess.run(
             [sys.executable, "-W", "error", "-c", text], capture_output=True, text=True, timeout=DEADLINE_S
         )
