@@ -325,7 +325,7 @@ async def _serve(settings: Settings, ready: Callable[[str], None], worker: Worke
             ready(url)
             if allowed < wanted:
                 log.info(
-                    "clients may have %d connections, fewer than --connections-max, for open files are limited",
+                    "clients may have %d connections, fewer than --connections-max: open files are limited",
                     settings.connections_max,
                 )
             await task
