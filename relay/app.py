@@ -62,6 +62,7 @@ from relay.replay.response import (
     CONNECTION,
     STREAMING_HEADERS,
     Head,
+    Message,
     Receive,
     Scope,
     Send,
@@ -82,6 +83,8 @@ from relay.webhook import Webhook
 from relay.workers import Worker
 
 log = logging.getLogger("relay.app")
+
+FindAnswer = Callable[[Scope, Receive, Send], Awaitable[StreamAnswer | None]]
 
 _AS_DECLARED = (b"x-content-type-options", b"nosniff")
 """What others wrote into a stream is never taken for a page of relay's own."""
@@ -328,16 +331,25 @@ class App:
             return
         path: str = scope["path"]
         is_ours = path == "/relay" or path.startswith("/relay/")
-        await self._serve(self._own if is_ours else self._proxied, scope, receive, send)
+        if is_ours:
+            await self._serve_own(self._own, scope, receive, send)
+        else:
+            await self._serve(self._proxied, scope, receive, send)
 
     async def administration(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application behind `--admin-addr`."""
         if scope["type"] == "http":
-            await self._serve(self._administration, scope, receive, send)
+            await self._serve_own(self._administration, scope, receive, send)
+
+    async def _serve_own(self, find_answer: FindAnswer, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request for one of our own routes, with what each of their answers has."""
+        more = [*self.access.cors(scope), _AS_DECLARED]
+        scope["extensions"][CONNECTION].more_headers = more
+        await self._serve(find_answer, scope, receive, partial(_send_with, more, send))
 
     async def _serve(
         self,
-        find_answer: Callable[[Scope, Receive, Send], Awaitable[StreamAnswer | None]],
+        find_answer: FindAnswer,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -371,7 +383,6 @@ class App:
         await send_problem(error, send)
 
     async def _own(self, scope: Scope, receive: Receive, send: Send) -> StreamAnswer | None:
-        scope["extensions"][CONNECTION].add_headers([*self.access.cors(scope), _AS_DECLARED])
         if self.access.is_preflight(scope):
             await send_whole(204, self.access.preflight(scope), b"", send)
             return None
@@ -615,6 +626,13 @@ def _log_ended(stream: str, run: str, end: Ending, facts: Facts | None) -> None:
         log.log(level, said, *told)
     else:
         log.log(level, said + " frames=%d duration_s=%.3f", *told, *facts)
+
+
+async def _send_with(more: Head, send: Send, message: Message) -> None:
+    """Add headers to an answer, behind its own: a content type stands first, so that a cut head has it."""
+    if message["type"] == "http.response.start":
+        message["headers"] = [*message["headers"], *more]
+    await send(message)
 
 
 def _wall_ms() -> int:

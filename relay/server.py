@@ -113,12 +113,14 @@ class Exchange:
 
     Of its own, and not the connection's, because a client may have sent its next request already."""
 
-    __slots__ = ("_on_lost", "_protocol", "cycle", "is_read", "may_be_silent")
+    __slots__ = ("_on_lost", "_protocol", "cycle", "is_read", "may_be_silent", "more_headers")
 
     def __init__(self, protocol: RelayProtocol, cycle: RequestResponseCycle) -> None:
         self.cycle = cycle
         self.is_read = False
         """Whether the answer is a reader's, who looks himself after how it is taken."""
+        self.more_headers: Head = []
+        """What `answer` sends besides its own headers."""
         self.may_be_silent = False
         """Whether the request's body may pause for as long as it likes."""
         self._protocol = protocol
@@ -177,10 +179,6 @@ class Exchange:
         protocol.transport.write(in_chunk(data) if in_chunks else data)
         return not protocol.flow.write_paused
 
-    def add_headers(self, headers: Head) -> None:
-        """Send these with the answer too, whatever it will be."""
-        self.cycle.default_headers = [*self.cycle.default_headers, *headers]
-
     async def answer(self, status: int, headers: Head, body: bytes) -> None:
         """The whole response, in one write; through ASGI's `send` it takes two, which is felt where a request
         is small. `headers` say how long the body is. Not for HEAD, nor for a status without a body."""
@@ -191,7 +189,7 @@ class Exchange:
         cycle.response_started = cycle.response_complete = True
         cycle.waiting_for_100_continue = False
         parts = [STATUS_LINE[status]]
-        for name, value in (*cycle.default_headers, *headers):
+        for name, value in (*headers, *self.more_headers):
             parts += name, b": ", value, b"\r\n"
         parts += b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body
         protocol.transport.write(b"".join(parts))

@@ -49,7 +49,9 @@ class RawClient:
 
     def has_answer(self, longest_s: float) -> bool:
         """Whether something has come, or the connection has ended; waits for so long at most."""
-        return bool(select.select([self._socket], [], [], longest_s)[0])
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(longest_s * 1000))
 
     def answer(self, method: str = "GET") -> RawAnswer:
         """Read one answer, as far as it comes. Fails at an end before its head is complete."""

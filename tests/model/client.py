@@ -98,6 +98,7 @@ class Connection:
 
     def __init__(self, client: Client) -> None:
         self.on_lost: Callable[[], None] | None = None
+        self.more_headers: list[tuple[bytes, bytes]] = []
         self._client = client
 
     @property
@@ -107,9 +108,6 @@ class Connection:
     @property
     def response_started(self) -> bool:
         return self._client.status > 0
-
-    def add_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
-        assert not self.response_started
 
     def begin_stream(self) -> None:
         assert not self.response_started
