@@ -16,28 +16,24 @@ client = openai.OpenAI(base_url="http://127.0.0.1:8080/v1", api_key="unused")
 QUESTION = {"model": "any", "messages": [{"role": "user", "content": "Count to forty."}], "stream": True}
 
 
-def asked() -> Iterator[str]:
-    """An answer's text."""
+def asked() -> Iterator[tuple[str, str]]:
+    """An answer's text. The SDK's stream does not tell the ids of events."""
     with client.chat.completions.create(**QUESTION) as stream:
         for chunk in stream:
-            yield chunk.choices[0].delta.content or ""
+            yield "", chunk.choices[0].delta.content or ""
 
 
-def kept(key: str, cursor: str) -> Iterator[str]:
-    """The same, or what follows the event `cursor`. The SDK's stream does not tell the ids of events, so its
-    lines are read here."""
+def kept(key: str, cursor: str) -> Iterator[tuple[str, str]]:
+    """The same, or what follows the event `cursor`, each piece with its event's id: so its lines are read."""
     headers = {"Idempotency-Key": key} | ({"Last-Event-ID": cursor} if cursor else {})
     create = client.chat.completions.with_streaming_response.create
     with create(**QUESTION, extra_headers=headers) as response:
-        try:
-            for line in response.iter_lines():
-                if line.startswith("id: "):
-                    cursor = line.removeprefix("id: ")
-                elif line.startswith("data: {"):
-                    chunk = ChatCompletionChunk.model_validate_json(line.removeprefix("data: "))
-                    yield chunk.choices[0].delta.content or ""
-        except KeyboardInterrupt:
-            print(f"\nGo on: python client.py --key {key} --after {cursor}", end="")
+        for line in response.iter_lines():
+            if line.startswith("id: "):
+                cursor = line.removeprefix("id: ")
+            elif line.startswith("data: {"):
+                chunk = ChatCompletionChunk.model_validate_json(line.removeprefix("data: "))
+                yield cursor, chunk.choices[0].delta.content or ""
 
 
 if __name__ == "__main__":
@@ -45,6 +41,12 @@ if __name__ == "__main__":
     options.add_argument("--key")
     options.add_argument("--after", default="")
     given = options.parse_args()
-    for text in kept(given.key, given.after) if given.key else asked():
-        print(text, end="", flush=True)
+    cursor = given.after
+    try:
+        for cursor, text in kept(given.key, given.after) if given.key else asked():
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        if not given.key:
+            raise
+        print(f"\nGo on: python client.py --key {given.key} --after {cursor}", end="")
     print()
