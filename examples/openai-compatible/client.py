@@ -41,12 +41,12 @@ if __name__ == "__main__":
     options.add_argument("--key")
     options.add_argument("--after", default="")
     given = options.parse_args()
-    cursor = given.after
+    last = given.after, ""
     try:
-        for cursor, text in kept(given.key, given.after) if given.key else asked():
-            print(text, end="", flush=True)
+        for last in kept(given.key, given.after) if given.key else asked():
+            print(last[1], end="", flush=True)
     except KeyboardInterrupt:
         if not given.key:
             raise
-        print(f"\nGo on: python client.py --key {given.key} --after {cursor}", end="")
+        print(f"\nGo on: python client.py --key {given.key} --after {last[0]}", end="")
     print()
