@@ -638,6 +638,9 @@ def test_p3_two_reapers_on_redis_end_each_run_of_a_dead_process_once(
             async with Reapers(one, two, settings=FAST) as reapers:
                 infos = [await over(one, stream) for stream in streams]
                 await reapers.have_told(len(streams))
+                # Who has nothing left is forgotten at the look that finds so, which follows the last ending.
+                while await one.lapsed_owners():
+                    await asyncio.sleep(FAST.owner_lease_s / 10)
             assert {info.reason for info in infos} == {"owner_lost"}
             assert sorted(reapers.told) == sorted((stream, "owner_lost") for stream in streams)
             for stream in streams:
@@ -645,7 +648,6 @@ def test_p3_two_reapers_on_redis_end_each_run_of_a_dead_process_once(
             said = (await one.read("s0", ORIGIN, 10, 2**20)).frames[-2]
             assert b'"code":"owner_lost"' in said.data, "the format's own way to say it"
             assert (await one.run("living", "r")).status is Status.OPEN
-            assert not await one.lapsed_owners(), "the dead are done with"
 
     play(scene())
 
