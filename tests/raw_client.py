@@ -8,7 +8,7 @@ import select
 import socket
 from typing import Any, NamedTuple, Self
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 
 
 class RawAnswer(NamedTuple):
@@ -77,16 +77,15 @@ class RawClient:
         return line[:-2].decode("latin-1")
 
     def _chunks(self) -> tuple[bytes, bool]:
-        body = b""
+        body = bytearray()
         with contextlib.suppress(ConnectionError):
             while size := self._file.readline().strip():
-                data = self._file.read(int(size, 16))
-                body += data
+                body += self._file.read(int(size, 16))
                 if self._file.readline() != b"\r\n":
-                    return body, False
+                    break
                 if int(size, 16) == 0:
-                    return body, True
-        return body, False
+                    return bytes(body), True
+        return bytes(body), False
 
     def read_until(self, marker: bytes) -> bytes:
         """Bytes as they are, up to and with a marker that must come."""
