@@ -11,10 +11,19 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 START_DEADLINE_S = 60
+
+
+def eventually(holds: Callable[[], bool], what: str) -> None:
+    """Wait for what a relay does a moment after it was seen to do something else."""
+    deadline = time.monotonic() + START_DEADLINE_S
+    while not holds():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.01)
 
 
 class RelayProcess:
@@ -121,7 +130,7 @@ class RelayProcess:
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(60)
 
     def stop(self) -> None:
         """SIGTERM, and wait for it to end by itself."""
