@@ -7,7 +7,7 @@ import contextlib
 import http.client
 import json
 import secrets
-import threading
+import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import msgpack
 import pytest
 from deaf_follower import DeafFollower
+from own_journal import own_journal
 from producing import DEADLINE_S, Answer, LongBody, Producer, ask
 from reading import Reading
 from redis_server import RedisServer
@@ -482,36 +483,41 @@ def test_p3_a_relay_that_shuts_down_gives_whole_runs_the_grace_and_sends_other_b
     fresh_journal: Callable[[], str], name: str
 ) -> None:
     journal = fresh_journal()
-    with RelayProcess.start(journal=journal, drain_grace_s=1.0) as relay:
+    with RelayProcess.start(journal=journal, drain_grace_s=60) as relay:
         producer = Producer(relay, name)
         seen = following(relay, name)
-        with (
-            producer.body() as body,
-            whole(relay, name + "-kept") as kept,
-            whole(relay, name + "-left") as left,
-        ):
+        with producer.body() as body, whole(relay, name + "-kept") as kept:
             body.lines("one", "two")
             until(seen, "two")
-            for other, stream in ((kept, name + "-kept"), (left, name + "-left")):
-                other.lines("one")
-                until(following(relay, stream), "one")
-            stopping = threading.Thread(target=relay.stop)
-            stopping.start()
+            kept.lines("one")
+            until(following(relay, name + "-kept"), "one")
+            relay.process.send_signal(signal.SIGTERM)
             answer = body.answer()
             assert (answer.status, answer.problem["code"]) == (503, "busy")
             assert (answer.problem["appended"], answer.problem["next_seq"]) == (2, 3)
             kept.lines("two")
             assert kept.finish().status == 201
-            answer = left.answer()
-            assert (answer.status, answer.problem["code"]) == (503, "busy")
-            stopping.join(60)
-            assert not stopping.is_alive()
-    with RelayProcess.start(journal=journal) as relay:
+            relay.process.wait(60)
+    # Who is to be in time has a long grace, and who is not to be has a short one.
+    with RelayProcess.start(journal=journal, drain_grace_s=0.1) as relay:
         producer.port = relay.port
         assert producer.push("three", end="completed", Relay_Seq="3").status == 200
         assert whole_run(relay, name).texts == ["one", "two", "three"]
         assert whole_run(relay, name + "-kept").outcome == ("completed", "producer_end")
-        assert whole_run(relay, name + "-left").outcome == ("lost", "shutdown")
+        with whole(relay, name + "-left") as left:
+            left.lines("one")
+            until(following(relay, name + "-left"), "one")
+            relay.process.send_signal(signal.SIGTERM)
+            answer = left.answer()
+            assert (answer.status, answer.problem["code"]) == (503, "busy")
+            relay.process.wait(60)
+
+    async def left_as() -> tuple[str, str]:
+        async with own_journal(journal, "relay") as opened:
+            (run,) = await opened.runs(name + "-left", "", 10)
+            return run.status, run.reason
+
+    assert asyncio.run(left_as()) == ("lost", "shutdown")
 
 
 # --- a journal whose answers get lost ---------------------------------------------------------------------
@@ -635,12 +641,14 @@ def test_p3_an_ending_whose_outcome_is_not_known_is_written_and_counted_once(tmp
     check(scene, tmp_path)
 
 
-@pytest.mark.parametrize("asked_again", [False, True])
-def test_a_cancel_whose_answer_was_lost_is_counted_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_again: bool
-) -> None:
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push, "END_RETRY_S", 0.01)
 
+
+@pytest.mark.usefixtures("quick_retries")
+@pytest.mark.parametrize("asked_again", [False, True])
+def test_a_cancel_whose_answer_was_lost_is_counted_once(tmp_path: Path, asked_again: bool) -> None:
     async def scene(scene: Scene) -> None:
         turn = await scene.pushes.open(PushOpening("s", RunWishes()))
         scene.journal.losses["end_run"] = 1
@@ -656,6 +664,7 @@ def test_a_cancel_whose_answer_was_lost_is_counted_once(
     check(scene, tmp_path)
 
 
+@pytest.mark.usefixtures("quick_retries")
 def test_p3_a_run_whose_opening_had_no_answer_ends(tmp_path: Path) -> None:
     """Nobody else can: its producer does not know it, and its owner lives."""
 
@@ -663,9 +672,9 @@ def test_p3_a_run_whose_opening_had_no_answer_ends(tmp_path: Path) -> None:
         scene.journal.losses["open_run"] = 2
         with pytest.raises(JournalUnavailable):
             await scene.whole("", b"")
-        (run,) = (await scene.journal.describe("s")).open_runs
         await scene.ended.wait()
-        assert scene.endings == [(run, "journal_lost")]
+        (run,) = await scene.journal.runs("s", "", 10)
+        assert scene.endings == [(run.run, "journal_lost")]
         assert not (await scene.journal.describe("s")).open_runs
 
     check(scene, tmp_path)
@@ -680,6 +689,7 @@ def test_an_opening_under_which_a_connection_broke_is_asked_once_more(tmp_path: 
     check(scene, tmp_path)
 
 
+@pytest.mark.usefixtures("quick_retries")
 def test_p3_a_whole_run_that_the_journal_did_not_take_ends_when_it_is_back(tmp_path: Path) -> None:
     async def scene(scene: Scene) -> None:
         scene.journal.losses["append"] = 10**6
