@@ -83,7 +83,7 @@ def test_p3_a_run_that_is_being_opened_at_shutdown_ends_too(
 
     async def check() -> None:
         upstream.on(f"/{name}", handler)
-        settings = Settings(upstream=upstream.url, drain_grace_s=0)
+        settings = Settings(upstream=upstream.url, drain_grace_s=0, journal_timeout_s=60)
         journal = Slow(tmp_path / "relay.db")
         async with _proxied(journal, settings) as proxy:
             preference = [] if waited_for else [(b"prefer", b"respond-async")]
@@ -105,7 +105,7 @@ async def _opened(
     """What a request led to, and how every run in the journal ended."""
     upstream.on_stream(f"/{name}", [b"data: hello\n\n"])
     journal = Unanswering(path / "relay.db", outcomes)
-    async with _proxied(journal, Settings(upstream=upstream.url)) as proxy:
+    async with _proxied(journal, Settings(upstream=upstream.url, drain_grace_s=60)) as proxy:
         try:
             opened: object = await proxy.open(_call(name))
         except JournalUnavailable as error:

@@ -38,7 +38,9 @@ class Ours:
     """The owned runs of one process, and what it counted. `deaf` loses every hint."""
 
     def __init__(self, deaf: bool = False, **settings: Any) -> None:
-        self.settings = Settings(**{"drain_grace_s": 0, **settings})
+        # However slow the host is: what is held is not forgotten, and what is put back is waited for.
+        patient = {"held_s": 3600, "rewind_grace_s": 3600}
+        self.settings = Settings(**{"drain_grace_s": 0, **patient, **settings})
         self.counted: list[tuple[str, str]] = []
         self.runs = OwnedRuns(self.settings, self._count)
         self.name = self.runs.name

@@ -126,7 +126,9 @@ async def begun(journal: Any, run: str = "r", memory: HeldMemory | None = None, 
         "s", run, "w-" + run, "t" * 22, Retention(), dialect="raw", metadata='{"a": [1.5]}', answer="{}",
         owner="me",
     )  # fmt: skip
-    writer = RunWriter(journal, opening, Settings(**settings), memory or HeldMemory(10**6))
+    # However slow the host is: what is held is not forgotten, and what is put back is waited for.
+    patient = {"held_s": 3600, "rewind_grace_s": 3600}
+    writer = RunWriter(journal, opening, Settings(**patient | settings), memory or HeldMemory(10**6))
     writer.opened(await journal.open_run(opening))
     return writer
 
@@ -309,7 +311,7 @@ def test_what_a_writer_holds_is_bounded_by_size_together_and_by_age(
             memory.max_bytes = 5_000
             await said(writer, "x" * 1000)
             assert 0 < memory.bytes <= 5_000
-            writer.expire(asyncio.get_running_loop().time() + Settings().held_s)
+            writer.expire(asyncio.get_running_loop().time() + writer._settings.held_s)
             assert memory.bytes == 0
             await said(writer, "x" * 1000)
             writer.release()

@@ -21,6 +21,12 @@ from relay.replay.tail import WRITE_MAX_BYTES
 from relay.replay.view import EventsView, View
 
 
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal that could not say is asked again soon."""
+    monkeypatch.setattr("relay.replay.reader.JOURNAL_RETRY_S", 0.01)
+
+
 def events_view(control: str = "events", run: str | None = None) -> EventsView:
     return EventsView(run, control, False, False)
 
@@ -212,7 +218,7 @@ def test_p8_a_reader_waits_for_a_journal_that_gets_back_what_it_lost(tmp_path: P
     """Its tail is a new one, which knows no more than the journal has now."""
 
     async def test() -> None:
-        async with staged(tmp_path) as stage:
+        async with staged(tmp_path, rewind_grace_s=3600) as stage:
             await stage.open()
             await stage.say("a")
             lost_after = (await stage.journal.real.tops(["s"]))["s"].id
@@ -539,7 +545,7 @@ def test_what_a_journal_that_was_replaced_just_now_does_not_know_is_looked_for_a
     """And so is what is there, but less of it than its client was shown."""
 
     async def check() -> None:
-        async with staged(tmp_path) as stage:
+        async with staged(tmp_path, rewind_grace_s=3600) as stage:
             stage.journal.replaced_at = stage.tails.now()
             answers: list[tuple[str, bool] | Exception] = [
                 unknown("Not there."),

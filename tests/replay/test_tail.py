@@ -17,6 +17,12 @@ from relay.replay.view import EventsView
 VIEW = EventsView(None, "none", False, False)
 
 
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal that could not say is asked again soon."""
+    monkeypatch.setattr("relay.replay.tail.RETRY_S", 0.01)
+
+
 def held(tail: Tail) -> list[str]:
     """The data frames of the ring."""
     found = tail.next_chunk(VIEW, tail._floor)
@@ -371,7 +377,7 @@ def test_a_tail_knows_which_runs_are_open(tmp_path: Path) -> None:
 
 def test_p8_a_journal_that_gets_back_what_it_lost_resets_nobody(tmp_path: Path) -> None:
     async def test() -> None:
-        async with staged(tmp_path) as stage:
+        async with staged(tmp_path, rewind_grace_s=3600) as stage:
             tail = await followed(stage)
             await stage.say("a")
             await stage.settled()
