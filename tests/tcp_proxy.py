@@ -33,6 +33,8 @@ class TcpProxy:
         self.refusing = False
         self.connections = 0
         self._open: set[socket.socket] = set()
+        self._taking = threading.Lock()
+        """Held while a connection is taken: one that is not yet among the open ones would escape a cut."""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -45,23 +47,27 @@ class TcpProxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            if self.refusing:
-                _reset(client)
-                continue
-            number, self.connections = self.connections, self.connections + 1
-            try:
-                server = socket.create_connection(self._target, timeout=10)
-                server.settimeout(None)
-            except OSError:
-                _reset(client)
-                continue
-            self._open.update((client, server))
-            limit = self.plan(number)
-            for source, sink, change, most in (
-                (client, server, lambda data: self.to_server(data), self.plan_to_server(number)),
-                (server, client, lambda data: self.to_client(data), limit),
-            ):
-                threading.Thread(target=self._forward, args=(source, sink, change, most), daemon=True).start()
+            with self._taking:
+                self._take(client)
+
+    def _take(self, client: socket.socket) -> None:
+        if self.refusing:
+            _reset(client)
+            return
+        number, self.connections = self.connections, self.connections + 1
+        try:
+            server = socket.create_connection(self._target, timeout=10)
+            server.settimeout(None)
+        except OSError:
+            _reset(client)
+            return
+        self._open.update((client, server))
+        limit = self.plan(number)
+        for source, sink, change, most in (
+            (client, server, lambda data: self.to_server(data), self.plan_to_server(number)),
+            (server, client, lambda data: self.to_client(data), limit),
+        ):
+            threading.Thread(target=self._forward, args=(source, sink, change, most), daemon=True).start()
 
     def _forward(self, source: socket.socket, sink: socket.socket, change: Filter, most: int | None) -> None:
         passed = 0
@@ -86,10 +92,11 @@ class TcpProxy:
         self._target = ("127.0.0.1", target_port)
 
     def cut_all(self) -> None:
-        """Reset every open connection."""
-        for end in list(self._open):
-            self._open.discard(end)
-            _reset(end)
+        """Reset every open connection. Once it is `refusing`, none is open behind this."""
+        with self._taking:
+            for end in list(self._open):
+                self._open.discard(end)
+                _reset(end)
 
     def close(self) -> None:
         # Closing alone does not wake an accept: it would take one more connection, which nobody then closed.
