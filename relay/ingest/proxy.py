@@ -869,7 +869,7 @@ class Proxy:
             elsewhere = await self._journal.watchers(stream)
         except JournalError:
             return False
-        if elsewhere:
+        if elsewhere or self._audience.readers_of(stream):  # or somebody came while that was asked
             pump.read_at = self._now()
         else:
             pump.stop(ending(Reason.ABANDONED, "Nobody read the run."))

@@ -515,6 +515,35 @@ def test_while_the_journal_is_away_it_is_asked_for_one_run_and_not_for_each(
 
 
 @KINDS
+def test_p7_a_run_whose_reader_comes_while_it_is_asked_for_readers_elsewhere_is_not_abandoned(
+    kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
+) -> None:
+    async def check() -> None:
+        ours, asked = Ours(abandon_s=0.001), 0
+        async with (
+            rewinding(kind, tmp_path, redis_server, ours) as journal,
+            Served(ours, journal, upstream, name) as served,
+        ):
+            served.audience.readers = 0
+            pump = (await served.open()).pump
+            assert pump is not None
+
+            async def watchers(stream: str) -> int:
+                nonlocal asked
+                asked += 1
+                served.audience.readers = 1  # who has just come is not among them yet
+                return 0
+
+            journal.inner.watchers = watchers
+            pump.read_at -= 1000
+            for _ in range(2):
+                await served.proxy.visit()
+            assert (asked, served.proxy.open_runs, pump._stopped) == (1, 1, None)
+
+    asyncio.run(check())
+
+
+@KINDS
 def test_a_run_that_was_taken_over_has_a_greatest_age_all_the_same(
     kind: str, tmp_path: Path, redis_server: RedisServer, upstream: ScriptedUpstream, name: str
 ) -> None:
