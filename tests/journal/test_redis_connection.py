@@ -314,20 +314,21 @@ def test_a_silent_link_is_pinged_and_a_dead_one_replaced(
 
 
 def test_a_silent_link_that_answers_is_kept(own_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_connection, "FOLLOW_PING_S", 0.0)
-
     async def scenario() -> None:
         channels = Channels()
         link = channels.link(own_server)
         link.subscribe(b"c")
         await link.open()
+        assert link._watchdog is not None
+        link._watchdog.cancel()  # the test looks in its place
+        monkeypatch.setattr(redis_connection, "FOLLOW_PING_S", 0.0)
         with own_server.client() as client:
             before = client.info("commandstats")["cmdstat_ping"]["calls"]
             async with asyncio.timeout(DEADLINE_S):
                 for _ in range(4):
                     while link._pinged:
                         await asyncio.to_thread(client.echo, "")
-                    link._check_silence()  # as its watchdog does, who lets a timeout pass between two looks
+                    link._check_silence()
                     assert link._pinged
             assert client.info("commandstats")["cmdstat_ping"]["calls"] >= before + 3
         assert await asyncio.wait_for(channels.subscribed.get(), DEADLINE_S) == b"c"
