@@ -20,15 +20,16 @@ P = ParamSpec("P")
 
 NOON = 1_763_726_400_000
 DAY_S = 24 * 3600
+DEADLINE_S = 300
 
 
 def on_a_loop(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        async def within_a_minute() -> None:
-            await asyncio.wait_for(test(*args, **kwargs), 60)
+        async def in_time() -> None:
+            await asyncio.wait_for(test(*args, **kwargs), DEADLINE_S)
 
-        asyncio.run(within_a_minute())
+        asyncio.run(in_time())
 
     return run
 

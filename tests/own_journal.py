@@ -20,7 +20,7 @@ async def own_journal(url: str, prefix: str) -> AsyncIterator[Journal]:
     if url.startswith("sqlite:"):
         journal = SqliteJournal(Path(url.removeprefix("sqlite:///")))
     else:
-        journal = RedisJournal(url, prefix=prefix)
+        journal = RedisJournal(url, prefix=prefix, timeout_s=60)  # for a machine that is busy
     await journal.start(DeafFollower())
     try:
         yield journal

@@ -14,13 +14,14 @@ from relay.cursor import ORIGIN, Cursor
 from relay.errors import JournalUnavailable
 from relay.frame import Event, Frame
 from relay.journal.base import Append, Page, RunOpening
+from relay.journal.redis_connection import Lane, Link
 from relay.journal.redis_streams import RedisJournal
 from relay.lifecycle import Ending
 from relay.limits import Retention
 
 T = TypeVar("T")
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 class Ear:
@@ -68,17 +69,31 @@ async def opened(
     *,
     db: int = 0,
     prefix: str = "relay",
-    timeout_s: float = DEADLINE_S,
     owner: str = "me",
 ) -> AsyncIterator[tuple[RedisJournal, Ear]]:
     """A journal in a server, or under a URL, and who hears what it tells."""
     url = server if isinstance(server, str) else server.url(db)
-    journal, ear = RedisJournal(url, prefix=prefix, timeout_s=timeout_s), Ear(owner)
+    journal, ear = RedisJournal(url, prefix=prefix, timeout_s=DEADLINE_S), Ear(owner)
     await journal.start(ear, ear)
     try:
         yield journal, ear
     finally:
         await journal.close()
+
+
+def wait_no_longer_than(timeout_s: float, *links: Link) -> None:
+    """For a server that does not answer. Not from the start on: one that does may take its time, too."""
+    for link in links:
+        link._timeout_s = timeout_s
+        if isinstance(link, Lane) and link._watchdog is not None:
+            link._watchdog.cancel()  # it would look when what was asked before should have been answered
+            link._watchdog = None
+
+
+def links(journal: RedisJournal) -> list[Link]:
+    """All that a started journal has."""
+    found = (journal._writing, journal._reading, journal._following)
+    return [link for link in found if link is not None]
 
 
 def opening(stream: str, run: str = "r1", retention: Retention | None = None, **more: Any) -> RunOpening:

@@ -10,21 +10,28 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Self
 
 import redis
 
-READY_DEADLINE_S = 60.0
+READY_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 30.0
 
 
+PORT_MAX = 55_535
+"""The bus of a cluster is 10,000 above."""
+
+
 def _free_port() -> int:
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    with ExitStack() as held:  # those that are too high, so that they are not given again
+        while True:
+            listener = held.enter_context(closing(socket.socket()))
+            listener.bind(("127.0.0.1", 0))
+            port: int = listener.getsockname()[1]
+            if port <= PORT_MAX:
+                return port
 
 
 class RedisServer:
@@ -69,6 +76,7 @@ class RedisServer:
     def pause(self) -> None:
         """Stop the process where it stands: connections stay open and nothing answers."""
         os.kill(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it may have been in the midst
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
@@ -120,7 +128,9 @@ class RedisServer:
             try:
                 with redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=5) as client:
                     client.ping()
-                return
+                    # Somebody else's server may have taken the port, and this one not have ended for it yet.
+                    if client.info("server")["process_id"] == self._process.pid:
+                        return
             except (redis.AuthenticationError, redis.exceptions.NoPermissionError):
                 return  # it answers; who may speak to it is the test's business
             except redis.ResponseError as error:
@@ -144,11 +154,12 @@ class RedisServer:
         self._process = None
 
 
-_SENTINEL_OPTIONS = {"down-after-milliseconds": 500, "failover-timeout": 3000}
+_SENTINEL_OPTIONS = {"down-after-milliseconds": 60_000, "failover-timeout": 3000}
 
 
 class RedisSentinel(RedisServer):
-    """A sentinel that alone watches a primary, as service `main`, and fails over after half a second."""
+    """A sentinel that alone watches a primary, as service `main`. It does not fail over until it is told to
+    suspect it: a primary may be silent because the machine is busy."""
 
     @classmethod
     def watching(cls, primary: RedisServer, *, replicas: int) -> Self:
@@ -163,8 +174,14 @@ class RedisSentinel(RedisServer):
             )
         return sentinel
 
+    def suspect(self) -> None:
+        """Take a primary for dead that was silent for half a second, from now on."""
+        with self.client() as client:
+            client.sentinel_set("main", "down-after-milliseconds", 500)
+
     def await_primary(self, server: RedisServer) -> None:
-        """Wait until it says that this one is the primary, and this one knows."""
+        """Suspect the former one; wait until it says that this one is the primary, and this one knows."""
+        self.suspect()
         with self.client() as client, server.client() as primary:
             _until(
                 lambda: (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deaf_follower import DeafFollower
+from redis import Redis
 from redis_server import RedisServer
 
 from relay.cursor import ORIGIN
@@ -30,6 +31,9 @@ class UntoldOwner:
 
 
 UNTOLD = UntoldOwner("me")
+
+PATIENCE_S = 60.0
+"""For an answer of Redis: no test of these journals is about one that does not come."""
 
 
 class Rewinding:
@@ -87,23 +91,27 @@ class RewindingRedis(Rewinding):
 
     def __init__(self, server: RedisServer) -> None:
         self._prefix = secrets.token_hex(6)
-        super().__init__(RedisJournal(server.url(), prefix=self._prefix))
+        super().__init__(RedisJournal(server.url(), prefix=self._prefix, timeout_s=PATIENCE_S))
         self._server = server
         self._kept: dict[bytes, tuple[int, bytes]] = {}
 
     async def remember(self) -> None:
         with self._server.client() as redis:
-            keys: list[bytes] = list(redis.scan_iter(f"{self._prefix}:*"))
-            self._kept = {key: (max(0, redis.pttl(key)), redis.dump(key)) for key in keys}  # type: ignore
+            held = {key: (max(0, redis.pttl(key)), redis.dump(key)) for key in self._keys(redis)}
+            # A lease may have lapsed since it was listed.
+            self._kept = {key: (ttl_ms, value) for key, (ttl_ms, value) in held.items() if value is not None}
 
     async def rewind(self) -> None:
         with self._server.client() as redis:
             pipe = redis.pipeline(transaction=True)
-            for key in redis.scan_iter(f"{self._prefix}:*"):
+            for key in self._keys(redis):
                 pipe.delete(key)
             for key, (ttl_ms, value) in self._kept.items():
-                pipe.restore(key, ttl_ms, value)
+                pipe.restore(key, ttl_ms, value, replace=True)  # what was sent before may have come since
             pipe.execute()
+
+    def _keys(self, redis: Redis) -> list[bytes]:
+        return list(redis.scan_iter(f"{self._prefix}:*", count=1000))  # among those of all other tests
 
 
 @contextlib.asynccontextmanager
@@ -113,5 +121,7 @@ async def rewinding(
     """A journal of a kind ("sqlite", "redis") that nobody else uses, started for an owner."""
     journal: Any = RewindingSqlite(path / "relay.db") if kind == "sqlite" else RewindingRedis(server)
     await journal.start(DeafFollower(), owner)
-    yield journal
-    await journal.close()
+    try:
+        yield journal
+    finally:
+        await journal.close()

@@ -530,6 +530,7 @@ class RedisJournal:
             if int(place[1]) >= from_ms:
                 from_ms, from_member = int(place[1]), place[2].encode()
         skipped = 0
+        gone: list[bytes] = []
         while len(found) < limit:
             packed = pack(
                 *(b"ZRANGEBYSCORE", self._ended_key(), from_ms, b"+inf", b"WITHSCORES"),
@@ -543,8 +544,13 @@ class RedisJournal:
                 (int(ms), member)
                 for member, ms in zip(flat[::2], flat[1::2], strict=True)
                 if int(ms) > from_ms or member > from_member
-            ][: limit - len(found)]
-            found += await self._ended_infos(listed)
+            ]
+            while listed and len(found) < limit:
+                wanted = limit - len(found)
+                found += await self._ended_infos(listed[:wanted], gone)
+                del listed[:wanted]
+        # Only now: what is taken off lets those behind it move up, to where they would have been skipped.
+        self._send(*(pack(b"ZREM", self._ended_key(), member) for member in gone))
         return found
 
     # Delivery of endings.
@@ -882,8 +888,10 @@ class RedisJournal:
         if hints:
             await self._together(*hints)
 
-    async def _ended_infos(self, listed: Sequence[tuple[int, bytes]]) -> Sequence[EndedRun]:
-        """Of members of the listing of endings; those whose stream is gone are taken off it."""
+    async def _ended_infos(
+        self, listed: Sequence[tuple[int, bytes]], gone: list[bytes]
+    ) -> Sequence[EndedRun]:
+        """Of members of the listing of endings; those whose stream is gone come into `gone`."""
         names = [_named_by(member.partition(b" ")[2]) for _, member in listed]
         held = await self._of_each(pack(b"HGETALL", self._keys(stream).run(run)) for stream, run in names)
         found = []
@@ -891,7 +899,7 @@ class RedisJournal:
             if flat:
                 found.append(EndedRun(f"{ms} {member.decode()}", stream, _run_info(run, flat)))
             else:
-                self._send(pack(b"ZREM", self._ended_key(), member))
+                gone.append(member)
         return found
 
     async def _listed(self, after: str, limit: int) -> list[str]:

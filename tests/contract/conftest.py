@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pytest
+import redis
 from contract.phrases import DEADLINE_S
 from redis_server import RedisServer
 
@@ -112,7 +113,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     names = inspect.signature(pyfuncitem.obj).parameters
     runner = pyfuncitem._request.getfixturevalue("runner")
     test = pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names})
-    runner.run(asyncio.wait_for(test, 6 * DEADLINE_S))
+    runner.run(asyncio.wait_for(test, 5 * DEADLINE_S))
     return True
 
 
@@ -130,7 +131,8 @@ def backend(
     if request.param == "sqlite":
         journal = SqliteJournal(tmp_path_factory.mktemp("journal") / "relay.db")
     else:
-        journal = RedisJournal(request.getfixturevalue("redis_server").url(), prefix="contract")
+        url = request.getfixturevalue("redis_server").url()
+        journal = RedisJournal(url, prefix="contract", timeout_s=DEADLINE_S)
     ear, owner = Ear(), Owner()
     runner.run(journal.start(ear, owner))
     yield Backend(journal, ear, owner)
@@ -237,7 +239,7 @@ class RewindableRedis:
         self._prefix = f"rewindable-{secrets.token_hex(4)}"
         self._saved: dict[bytes, Any] = {}
         self.ear = Ear()
-        self.journal: Journal = RedisJournal(server.url(), prefix=self._prefix)
+        self.journal: Journal = RedisJournal(server.url(), prefix=self._prefix, timeout_s=DEADLINE_S)
 
     async def start(self) -> None:
         await self.journal.start(self.ear)
@@ -247,14 +249,17 @@ class RewindableRedis:
 
     async def save(self) -> None:
         with self._server.client() as client:
-            self._saved = {key: client.dump(key) for key in client.scan_iter(f"{self._prefix}:*")}
+            self._saved = {key: client.dump(key) for key in self._keys(client)}
 
     async def rewind(self) -> None:
         with self._server.client() as client:
-            for key in list(client.scan_iter(f"{self._prefix}:*")):
+            for key in self._keys(client):
                 client.delete(key)
             for key, value in self._saved.items():
-                client.restore(key, 3600 * 1000, value)
+                client.restore(key, 3600 * 1000, value, replace=True)
+
+    def _keys(self, client: redis.Redis) -> list[bytes]:
+        return list(client.scan_iter(f"{self._prefix}:*", count=1000))  # among those of all other tests
 
 
 @pytest.fixture(params=["sqlite", "redis"])

@@ -15,7 +15,7 @@ from relay.limits import Retention
 
 T = TypeVar("T")
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 MIB = 1024 * 1024
 ROOMY = 64 * MIB
 COMPLETED = ending(Reason.PRODUCER_END)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from contract.phrases import DEADLINE_S
+
 from relay.journal.base import Claim, Journal
 from relay.journal.sqlite import SqliteJournal
 
@@ -64,7 +66,7 @@ async def test_a_settled_claim_is_not_released(journal: Journal, stream: str) ->
 
 
 async def until_won(journal: Journal, key: str, digest: str, owner: str) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         while (await journal.claim(key, digest, owner, 60, 3600)).state != "won":
             pass
 

@@ -768,8 +768,10 @@ async def test_a_stream_watched_again_is_told_of_again(journal: Journal, ear: An
     doubts = len([heard for heard in ear.heard[stream] if heard.call == "doubt"])
     journal.watch(stream)
     await ear.hears(stream, "doubt", doubts + 1)
+    # A message that was under way may have come.
+    late = len([heard for heard in ear.heard[stream] if heard.call == "frames"])
     await journal.append(batch(stream, 1, "a"))
-    (told,) = await ear.hears(stream, "frames")
+    (*_, told) = await ear.hears(stream, "frames", late + 1)
     assert data(told.frames) == [b"a"]
     journal.unwatch(stream)
 

@@ -9,14 +9,13 @@ from contextlib import asynccontextmanager
 import hiredis
 import pytest
 import redis
+from redis_journal import DEADLINE_S, wait_no_longer_than
 from redis_server import RedisServer
 from tcp_proxy import TcpProxy
 
 from relay.errors import JournalRefused, JournalUnavailable, StartupError
 from relay.journal import redis_connection
 from relay.journal.redis_connection import Address, FollowLink, Lane, as_journal_error, error_names, pack
-
-DEADLINE_S = 30.0
 
 
 @pytest.fixture
@@ -28,8 +27,8 @@ def own_server() -> Iterator[RedisServer]:
 
 
 @asynccontextmanager
-async def lane(server: RedisServer, timeout_s: float = DEADLINE_S) -> AsyncIterator[Lane]:
-    opened = Lane(Address(server.url()), "test", timeout_s)
+async def lane(server: RedisServer) -> AsyncIterator[Lane]:
+    opened = Lane(Address(server.url()), "test", DEADLINE_S)
     await opened.open()
     try:
         yield opened
@@ -157,16 +156,18 @@ def test_a_stopped_server_is_unavailable_in_time_and_comes_back(own_server: Redi
     """In flight or waiting, everything is answered by the deadline; afterwards the lane heals by itself."""
 
     async def scenario() -> None:
-        async with lane(own_server, timeout_s=0.5) as opened:
+        async with lane(own_server) as opened:
             before = await connection_id(opened)
             own_server.pause()
+            wait_no_longer_than(0.1, opened)
             started = asyncio.get_running_loop().time()
             in_flight = opened.submit(pack("PING"))
             with pytest.raises(JournalUnavailable, match="not known"):
                 await asyncio.wait_for(in_flight, DEADLINE_S)
             with pytest.raises(JournalUnavailable):
                 await asyncio.wait_for(opened.submit(pack("PING")), DEADLINE_S)
-            assert asyncio.get_running_loop().time() - started >= 0.5
+            assert asyncio.get_running_loop().time() - started >= 0.1
+            wait_no_longer_than(DEADLINE_S, opened)
             own_server.resume()
             assert await connection_id(opened) != before
 
@@ -277,10 +278,10 @@ class Channels:
         self.messages: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
         self.subscribed: asyncio.Queue[bytes] = asyncio.Queue()
 
-    def link(self, server: RedisServer, timeout_s: float = DEADLINE_S) -> FollowLink:
+    def link(self, server: RedisServer) -> FollowLink:
         return FollowLink(
             Address(server.url()),
-            timeout_s,
+            DEADLINE_S,
             lambda channel, payload: self.messages.put_nowait((channel, payload)),
             self.subscribed.put_nowait,
         )
@@ -293,13 +294,15 @@ def test_a_silent_link_is_pinged_and_a_dead_one_replaced(
 
     async def scenario() -> None:
         channels = Channels()
-        link = channels.link(own_server, timeout_s=1.0)
+        link = channels.link(own_server)
         await link.open()
+        wait_no_longer_than(0.5, link)
         link.subscribe(b"c")
         assert await asyncio.wait_for(channels.subscribed.get(), DEADLINE_S) == b"c"
         own_server.pause()
         async with asyncio.timeout(DEADLINE_S):
             await link.lost()
+        wait_no_longer_than(DEADLINE_S, link)
         own_server.resume()
         assert await asyncio.wait_for(channels.subscribed.get(), DEADLINE_S) == b"c"
         with own_server.client() as client:
@@ -311,20 +314,25 @@ def test_a_silent_link_is_pinged_and_a_dead_one_replaced(
 
 
 def test_a_silent_link_that_answers_is_kept(own_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_connection, "FOLLOW_PING_S", 0.02)
-
     async def scenario() -> None:
         channels = Channels()
-        link = channels.link(own_server, timeout_s=0.5)
+        link = channels.link(own_server)
         link.subscribe(b"c")
         await link.open()
+        assert link._watchdog is not None
+        link._watchdog.cancel()  # the test looks in its place
+        monkeypatch.setattr(redis_connection, "FOLLOW_PING_S", 0.0)
         with own_server.client() as client:
-            pings = before = client.info("commandstats")["cmdstat_ping"]["calls"]
+            before = client.info("commandstats")["cmdstat_ping"]["calls"]
             async with asyncio.timeout(DEADLINE_S):
-                while pings < before + 3:
-                    info = await asyncio.to_thread(client.info, "commandstats")
-                    pings = info["cmdstat_ping"]["calls"]
-        assert channels.subscribed.qsize() == 1
+                for _ in range(4):
+                    while link._pinged:
+                        await asyncio.to_thread(client.echo, "")
+                    link._check_silence()
+                    assert link._pinged
+            assert client.info("commandstats")["cmdstat_ping"]["calls"] >= before + 3
+        assert await asyncio.wait_for(channels.subscribed.get(), DEADLINE_S) == b"c"
+        assert (link.lives, channels.subscribed.qsize()) == (1, 0)
         await link.close()
 
     asyncio.run(scenario())

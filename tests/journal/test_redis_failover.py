@@ -9,7 +9,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from redis_journal import DEADLINE_S, batch, opened, opening, persistently, read_all, state
+from redis_journal import (
+    DEADLINE_S,
+    batch,
+    links,
+    opened,
+    opening,
+    persistently,
+    read_all,
+    state,
+    wait_no_longer_than,
+)
 from redis_server import RedisSentinel, RedisServer
 from tcp_proxy import TcpProxy
 
@@ -39,7 +49,7 @@ def own_server() -> Iterator[RedisServer]:
 
 def test_a_killed_server_costs_nothing_it_accepted_and_doubles_nothing(own_server: RedisServer) -> None:
     async def scenario() -> None:
-        async with opened(own_server, timeout_s=2.0) as (journal, ear):
+        async with opened(own_server) as (journal, ear):
             journal.watch("s")
             journal.watch("t")
             await ear.until(lambda: sorted(ear.doubts) == ["s", "t"])
@@ -59,7 +69,7 @@ def test_a_killed_server_costs_nothing_it_accepted_and_doubles_nothing(own_serve
                 ear.doubts.clear()
                 await asyncio.to_thread(own_server.kill)
                 await asyncio.to_thread(own_server.restart)
-                await ear.until(lambda: sorted(ear.doubts) == ["s", "t"])
+                await ear.until(lambda: set(ear.doubts) == {"s", "t"})
             await asyncio.wait_for(writing, DEADLINE_S)
             frames = await persistently(lambda: read_all(journal, "s"))
             assert [frame.seq for frame in frames] == list(range(1, 402))
@@ -72,13 +82,13 @@ def test_another_life_of_the_server_is_told_from_another_connection(own_server: 
     """Only the first may have lost something."""
 
     async def scenario() -> None:
-        async with opened(own_server, timeout_s=5.0) as (journal, ear):
+        async with opened(own_server) as (journal, ear):
             journal.watch("s")
             await ear.until(lambda: ear.doubts == ["s"])
             with own_server.client() as client:
                 for kind in ("normal", "pubsub"):
                     client.client_kill_filter(_type=kind, skipme=True)
-            await ear.until(lambda: len(ear.doubts) == 2)
+            await ear.until(lambda: len(ear.doubts) >= 2)
             assert await persistently(lambda: journal.tops(["s"])) == {}
             assert journal.replaced_at == -math.inf
             before = asyncio.get_running_loop().time()
@@ -92,9 +102,10 @@ def test_another_life_of_the_server_is_told_from_another_connection(own_server: 
 
 def test_a_stopped_server_is_unavailable_and_the_retry_is_journaled_once(own_server: RedisServer) -> None:
     async def scenario() -> None:
-        async with opened(own_server, timeout_s=0.5) as (journal, _):
-            await persistently(lambda: journal.open_run(opening("s")))
+        async with opened(own_server) as (journal, _):
+            await journal.open_run(opening("s"))
             own_server.pause()
+            wait_no_longer_than(0.1, *links(journal))
             for operation in (
                 journal.append(batch("s", 1, b"x")),
                 journal.read("s", ORIGIN, 10, 1000),
@@ -102,6 +113,7 @@ def test_a_stopped_server_is_unavailable_and_the_retry_is_journaled_once(own_ser
             ):
                 with pytest.raises(JournalUnavailable):
                     await asyncio.wait_for(operation, DEADLINE_S)
+            wait_no_longer_than(DEADLINE_S, *links(journal))
             own_server.resume()
             await persistently(lambda: journal.append(batch("s", 1, b"x")))
             await persistently(lambda: journal.append(batch("s", 2, b"y")))
@@ -157,12 +169,13 @@ def test_p2_a_failover_by_sentinels_costs_nothing_that_was_replicated(
     connections break, or only nothing answers any more. Sentinels that are dead or hang are passed over."""
     primary, replica = pair
     sentinel = RedisSentinel.watching(primary, replicas=1)
-    mute = socket.create_server(("127.0.0.1", 0))
+    mute = socket.socket()
+    mute.bind(("127.0.0.1", 0))
 
     async def scenario() -> None:
         hanging = f"127.0.0.1:{mute.getsockname()[1]}"
         url = f"redis+sentinel://127.0.0.1:1,{hanging},127.0.0.1:{sentinel.port}/main/2"
-        async with opened(url, timeout_s=2.0) as (journal, ear):
+        async with opened(url) as (journal, ear):
             journal.watch("s")
             await ear.until(lambda: ear.doubts == ["s"])
             run = await journal.open_run(opening("s"))
@@ -170,10 +183,13 @@ def test_p2_a_failover_by_sentinels_costs_nothing_that_was_replicated(
             with primary.client() as client:
                 assert await asyncio.to_thread(client.wait, 1, 30_000) == 1
                 ear.doubts.clear()
+                mute.listen()  # until now it was dead, too: one that hangs is waited for
+                wait_no_longer_than(2.0, *links(journal))
                 if way == "dies":
                     primary.kill()
                 else:
                     primary.pause()
+                sentinel.suspect()
             for seq in range(2, 100):
                 said = batch("s", seq, f"{seq}".encode(), acknowledged=last)
                 last = (await persistently(lambda said=said: journal.append(said))).last  # type: ignore[misc]
@@ -226,7 +242,7 @@ def test_frames_that_no_replica_had_are_put_back_under_their_ids(
     async def scenario() -> None:
         with TcpProxy.running(primary.port) as proxy:
             url = f"redis://127.0.0.1:{proxy.port}/0"
-            async with opened(url, timeout_s=5.0) as (journal, ear):
+            async with opened(url) as (journal, ear):
                 journal.watch("s")
                 await ear.until(lambda: ear.doubts == ["s"])
                 first = opening("s", "r1", owner="me")
@@ -247,7 +263,7 @@ def test_frames_that_no_replica_had_are_put_back_under_their_ids(
                 ear.doubts.clear()
                 proxy.lead_to(replica.port)
                 proxy.cut_all()
-                await ear.until(lambda: ear.doubts == ["s"])
+                await ear.until(lambda: "s" in ear.doubts)
 
                 with pytest.raises(Rewound) as of_first:
                     await persistently(lambda: journal.append(batch("s", 5, b"a4", acknowledged=c)))
@@ -305,7 +321,7 @@ def test_what_others_wrote_in_the_place_of_lost_frames_stays(pair: tuple[RedisSe
 
     async def scenario() -> None:
         with TcpProxy.running(primary.port) as proxy:
-            async with opened(f"redis://127.0.0.1:{proxy.port}/0", timeout_s=5.0) as (journal, _):
+            async with opened(f"redis://127.0.0.1:{proxy.port}/0") as (journal, _):
                 first = opening("s", "r1", owner="me")
                 await journal.open_run(first)
                 with primary.client() as client:

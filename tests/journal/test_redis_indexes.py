@@ -45,15 +45,16 @@ class Interference:
         return self.then(data)
 
 
-def test_an_ordinary_append_costs_the_server_these_commands_and_no_other(redis_server: RedisServer) -> None:
+def test_an_ordinary_append_costs_the_server_these_commands_and_no_other() -> None:
     """Nothing that a run can be asked for besides makes its frames dearer."""
+    server = RedisServer.start()  # of its own: it counts for all who use it, relays of other tests among them
 
     async def scenario() -> None:
-        async with opened(redis_server, prefix="cost") as (journal, _):
+        async with opened(server, prefix="cost") as (journal, _):
             await journal.open_run(opening("s", owner="me", deliver=True, dialect="raw"))
             await journal.append(batch("s", 1, b"x"))
             first = (await journal.append(batch("s", 2, b"x"))).last
-            with redis_server.client() as client:
+            with server.client() as client:
                 client.config_resetstat()
                 await journal.append(batch("s", 3, b"x", dialect="raw", acknowledged=first))
                 stats = client.info("commandstats")
@@ -63,7 +64,10 @@ def test_an_ordinary_append_costs_the_server_these_commands_and_no_other(redis_s
             expected = {"evalsha": 1, "time": 1, "hmget": 2, "xadd": 1, "hset": 2, "publish": 1}
             assert calls == expected
 
-    asyncio.run(scenario())
+    try:
+        asyncio.run(scenario())
+    finally:
+        server.stop()
 
 
 def test_what_leads_to_a_run_is_there_before_the_run(redis_server: RedisServer) -> None:
@@ -71,14 +75,19 @@ def test_what_leads_to_a_run_is_there_before_the_run(redis_server: RedisServer) 
 
     async def scenario() -> None:
         cut = Interference(b"EVALSHA", lambda data: data[: data.index(b"EVALSHA")])
-        with TcpProxy.running(redis_server.port, to_server=cut) as proxy:
-            url = f"redis://127.0.0.1:{proxy.port}/0"
-            async with opened(url, prefix="before", timeout_s=0.5) as (journal, _):
+        with (
+            TcpProxy.running(redis_server.port, to_server=cut) as proxy,
+            redis_server.client() as client,
+        ):
+            async with opened(f"redis://127.0.0.1:{proxy.port}/0", prefix="before") as (journal, _):
                 cut.armed = True
-                with pytest.raises(JournalUnavailable):
-                    await journal.open_run(opening("s", owner="me"))
+                asking = asyncio.create_task(journal.open_run(opening("s", owner="me")))
+                assert await asyncio.to_thread(cut.happened.wait, DEADLINE_S)
+                await until(client, lambda client: client.sismember("before:owners", "me"))  # written last
                 cut.armed = False
-                assert cut.happened.is_set()
+                proxy.cut_all()
+                with pytest.raises(JournalUnavailable):
+                    await asking
         async with opened(redis_server, prefix="before") as (journal, _):
             assert await journal.states([("s", "r1")]) == [None]
             assert await journal.owned("me", 10) == [("s", "r1")]
@@ -206,6 +215,8 @@ def test_an_owner_that_is_not_told_finds_out_by_asking(redis_server: RedisServer
         with TcpProxy.running(redis_server.port, to_client=deaf) as proxy:
             async with opened(f"redis://127.0.0.1:{proxy.port}/0", prefix="deaf") as (journal, ear):
                 await journal.open_run(opening("s", owner="me"))
+                with redis_server.client() as client:  # its wish takes the longer way
+                    await until(client, lambda client: client.pubsub_numsub("deaf:0:owner:me")[0][1])
                 async with opened(redis_server, prefix="deaf", owner="another") as (other, _):
                     await other.end_run("s", "r1", CANCELLED, {})
                 (state,) = await journal.states([("s", "r1")])
@@ -452,8 +463,9 @@ def test_streams_that_expired_are_taken_off_the_listing_though_nobody_lists_them
         async with opened(redis_server, prefix="expired") as (journal, _):
             for stream in ("a", "b", "c"):
                 await journal.open_run(opening(stream))
-            await journal.put_stream("b", Retention(), StreamChange(retention_s=1))
             with redis_server.client() as client:
+                for key in client.keys("expired:{b}:*"):
+                    client.pexpire(key, 1)
                 await until(client, lambda client: not client.exists("expired:{b}:meta"))
                 assert client.zrange("expired:streams", 0, -1) == [b"a", b"b", b"c"]
                 assert await journal.reindex("", 10) == ""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from redis_journal import Ear, batch, opened, opening, read_all
+from redis_journal import DEADLINE_S, Ear, batch, opened, opening, read_all
 from redis_server import RedisServer
 
 from relay.cursor import ORIGIN, Cursor
@@ -93,7 +93,7 @@ def test_every_key_expires_and_activity_renews_them_all(redis_server: RedisServe
                     client.pexpire(key, 950_000)
                 client.hincrby("expiry:{s}:meta", "renewed", -150_000)
                 await journal.append(batch("s", 2, b"y"))
-                await journal.describe("s")
+                await journal.resign("nobody")  # behind what nobody waits for
                 of_stream = client.keys("expiry:{s}:*")
                 assert len(of_stream) == 8
                 assert all(client.pttl(key) > 1_000_000 for key in [*of_stream, "expiry:token:token-s-r1"])
@@ -327,7 +327,7 @@ def test_connections_stay_three_with_many_streams_watched_and_appended_to(own_se
 # Starting.
 
 
-def start_error(url: str, timeout_s: float = 5.0) -> str:
+def start_error(url: str, timeout_s: float = DEADLINE_S) -> str:
     async def scenario() -> str:
         journal = RedisJournal(url, timeout_s=timeout_s)
         with pytest.raises(StartupError) as caught:
@@ -359,7 +359,7 @@ def test_a_server_that_wants_another_password_is_refused(own_server: RedisServer
     assert "password" in start_error(f"redis://:wrong@127.0.0.1:{own_server.port}/0")
 
     async def scenario() -> None:
-        journal = RedisJournal(f"redis://:right@127.0.0.1:{own_server.port}/0")
+        journal = RedisJournal(f"redis://:right@127.0.0.1:{own_server.port}/0", timeout_s=DEADLINE_S)
         await journal.start(Ear())
         await journal.open_run(opening("s"))
         await journal.close()
