@@ -63,8 +63,8 @@ from relay.errors import (
     StartupError,
     StreamBusy,
     StreamSealed,
-    UnknownRun,
-    UnknownStream,
+    unknown_run,
+    unknown_stream,
 )
 from relay.frame import Event, Frame, run_started
 from relay.journal import redis_scripts as scripts
@@ -340,7 +340,7 @@ class RedisJournal:
             case b"stream_busy":
                 raise StreamBusy("The stream has an open run.", open_runs=[run.decode() for run in reply[1]])
             case b"unknown_run":
-                raise _unknown_run(reply[1].decode())
+                raise unknown_run(reply[1].decode())
         start, first, last = (
             Cursor(reply[1], reply[2]),
             Cursor(reply[3], reply[4]),
@@ -420,9 +420,9 @@ class RedisJournal:
         packed = pack(b"HGETALL", keys.run(run)) + pack(b"EXISTS", keys.meta)
         flat, stream_exists = _refuse_errors(await _lane(self._reading).submit(packed, 2))
         if not stream_exists:
-            raise _unknown_stream(stream)
+            raise unknown_stream(stream)
         if not flat:
-            raise _unknown_run(run)
+            raise unknown_run(run)
         return _run_info(run, flat)
 
     async def runs(self, stream: str, after: str, limit: int) -> Sequence[RunInfo]:
@@ -602,7 +602,7 @@ class RedisJournal:
             )
         if position[0] is None:
             self._largest.pop(stream, None)
-            raise _unknown_stream(stream)
+            raise unknown_stream(stream)
         created, earliest, last_seq, last_ms, largest = map(int, position)
         self._remember_largest(stream, largest)
 
@@ -623,7 +623,7 @@ class RedisJournal:
     async def describe(self, stream: str) -> StreamInfo:
         info = await self._describe(stream)
         if info is None:
-            raise _unknown_stream(stream)
+            raise unknown_stream(stream)
         return info
 
     async def streams(self, after: str, limit: int) -> Sequence[StreamInfo]:
@@ -987,9 +987,9 @@ def _refuse(reply: Any, stream: str, run: str = "") -> Any:
         case b"ok":
             return reply
         case b"unknown_stream":
-            raise _unknown_stream(stream)
+            raise unknown_stream(stream)
         case b"unknown_run":
-            raise _unknown_run(run)
+            raise unknown_run(run)
         case b"fenced":
             raise Fenced("The writer token is not the run's, or no longer.")
         case b"sequence_gap":
@@ -1061,14 +1061,6 @@ def _within(frames: list[Frame], max_bytes: int) -> list[Frame]:
         if size >= max_bytes:
             return frames[:count]
     return frames
-
-
-def _unknown_stream(stream: str) -> UnknownStream:
-    return UnknownStream(f"There is no stream '{stream}'.")
-
-
-def _unknown_run(run: str) -> UnknownRun:
-    return UnknownRun(f"The stream has no run '{run}'.")
 
 
 # Arguments.
