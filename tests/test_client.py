@@ -483,11 +483,13 @@ def test_a_cancellation_from_outside_stays_one_when_the_run_is_over_too(
 
 
 def test_p4_a_run_that_was_taken_over_is_left_alone(relay: RelayProcess, name: str) -> None:
-    async def push() -> None:
+    async def push(taking: list[asyncio.Task[None]]) -> None:
         async with Producer(relay.url, name) as first:
             await first.send("one")
             await first.flush()
-            await second(first.run)
+            # In a task of its own: the first's is cancelled when it hears of it, which may be at any time.
+            taking.append(asyncio.create_task(second(first.run)))
+            await asyncio.wait(taking)
             await first.send("late")
 
     async def second(run: str) -> None:
@@ -495,8 +497,13 @@ def test_p4_a_run_that_was_taken_over_is_left_alone(relay: RelayProcess, name: s
             assert taken.next_seq == 2
             await taken.send("two")
 
-    with pytest.raises((Fenced, RunEnded)):
-        go(push())
+    async def both() -> None:
+        taking: list[asyncio.Task[None]] = []
+        with pytest.raises((Fenced, RunEnded)):
+            await push(taking)
+        await taking[0]
+
+    go(both())
     record = whole_run(relay, name)
     assert (record.texts, record.outcome) == (["one", "two"], ("completed", "producer_end"))
 
