@@ -186,7 +186,7 @@ def test_an_upstream_that_is_no_base_url_stops_the_start(tmp_path: Path, url: st
 )
 def test_relay_is_not_its_own_upstream(tmp_path: Path, host: str, upstream: str) -> None:
     """One request would be a thousand."""
-    line = refusal("--host", host, "--upstream", upstream, "--insecure-bind", cwd=tmp_path)
+    line = refusal("--host", host, "--port", "8080", "--upstream", upstream, "--insecure-bind", cwd=tmp_path)
     assert f"--upstream {upstream} is relay's own address" in line
 
 
