@@ -364,7 +364,9 @@ def main() -> int:
         stop("relay is developed on Linux and macOS; on Windows use WSL")
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         print(__doc__)
-        return 0 if sys.argv[1:] in (["-h"], ["--help"], ["help"]) else 2
+        if not sys.argv[1:] or sys.argv[1] in ("-h", "--help", "help"):
+            return 0 if sys.argv[1:] else 2
+        stop(f"there is no command {sys.argv[1]!r}")
     return COMMANDS[sys.argv[1]](sys.argv[2:])
 
 

@@ -24,9 +24,10 @@ from relay.errors import (
     StartupError,
     TooManyRequests,
     Unauthorized,
-    UnknownStream,
+    unknown_stream,
 )
-from relay.replay.response import Head, Scope
+from relay.headers import Headers, all_of, first_of
+from relay.replay.response import Scope
 from relay.security import EVERYTHING, ForwardAuth, Grant, Keyring, Question, Right
 from relay.settings import Settings
 
@@ -47,7 +48,7 @@ EXPOSED = (
     "Relay-Stream", "Relay-Run", "Relay-Cursor", "Relay-Frames-After", "Relay-Token", "Relay-Journal",
     "Retry-After",
 )  # fmt: skip
-"""Head of relay's that a page of another origin may read."""
+"""Headers of relay's that a page of another origin may read."""
 
 _ASKED = (
     "Authorization", "Relay-Authorization", "Content-Type", "Last-Event-ID", "Idempotency-Key", "Prefer",
@@ -66,21 +67,6 @@ class Presented(NamedTuple):
 
     value: str
     place: str
-
-
-class Heads:
-    """The headers of a request, as text, by name in lower case."""
-
-    def __init__(self, scope: Scope) -> None:
-        self._headers: Head = scope["headers"]
-
-    def all_of(self, name: bytes) -> list[str]:
-        """A header's values, one for each time it was sent."""
-        return [value.decode("latin-1").strip() for key, value in self._headers if key == name]
-
-    def __getitem__(self, name: bytes) -> str:
-        """A header's first value, or ""."""
-        return next(iter(self.all_of(name)), "")
 
 
 class Access:
@@ -112,7 +98,7 @@ class Access:
 
     def admit(self, scope: Scope) -> None:
         """Raises `HostNotAllowed` for a request that is meant for another host, `TooManyRequests`."""
-        self._check_host(Heads(scope).all_of(b"host"))
+        self._check_host(all_of(scope["headers"], b"host"))
         if self._rate is not None:
             self._rate.take(self.client(scope))
 
@@ -130,7 +116,7 @@ class Access:
         """The address of who asks; behind a trusted proxy the one that the proxy tells."""
         client = scope.get("client")
         address = client[0] if client else ""
-        forwarded = ",".join(Heads(scope).all_of(b"x-forwarded-for")) if self._proxies else ""
+        forwarded = ",".join(all_of(scope["headers"], b"x-forwarded-for")) if self._proxies else ""
         for hop in reversed([hop.strip() for hop in forwarded.split(",") if hop.strip()]):
             if not _is_in(address, self._proxies):
                 break
@@ -144,23 +130,24 @@ class Access:
 
         A stream that the credential does not concern answers as one that does not exist. Raises
         `Unauthorized`, `Forbidden`, `UnknownStream`, `CrossOrigin`, `AuthUnavailable`."""
-        heads = Heads(scope)
-        presented = _presented(scope, heads)
+        headers: Headers = scope["headers"]
+        presented = _presented(scope, headers)
         if presented is None or presented.place != "header":  # all that a foreign page can have sent
-            self._check_origin(scope, heads, has_cookie=bool(heads[b"cookie"]) and self.is_required)
+            has_cookie = self.is_required and bool(first_of(headers, b"cookie"))
+            self._check_origin(scope["method"], headers, has_cookie)
         if not self.is_required:
             return EVERYTHING
-        grant = await self._granted(scope, heads, presented, right, stream)
+        grant = await self._granted(scope, headers, presented, right, stream)
         if stream and not grant.covers(stream):
             if right is Right.WRITE:
                 raise Forbidden("The credential is not for this stream.")
-            raise UnknownStream(f"There is no stream {stream!r}.")
+            raise unknown_stream(stream)
         if right not in grant.rights:
             raise Forbidden(f"The credential does not allow this: it needs {right.value!r}.")
         return grant
 
     async def _granted(
-        self, scope: Scope, heads: Heads, presented: Presented | None, right: Right, stream: str
+        self, scope: Scope, headers: Headers, presented: Presented | None, right: Right, stream: str
     ) -> Grant:
         refused = Unauthorized("This needs a credential.")
         if presented is not None and self._keyring:
@@ -168,18 +155,18 @@ class Access:
                 grant = await self._keyring.grant(presented.value)
                 return self._keyring.for_url(grant) if presented.place == "url" else grant
             except Unauthorized as error:
-                if heads[b"relay-authorization"] or presented.place == "url":
+                if first_of(headers, b"relay-authorization") or presented.place == "url":
                     raise
                 refused = error  # it may be the application's own
         if self._forward is None or not stream:
             raise refused
         query: bytes = scope["query_string"]
         question = Question(
-            authorization=heads[b"authorization"],
-            cookie=without_cookie("; ".join(heads.all_of(b"cookie"))),
+            authorization=first_of(headers, b"authorization"),
+            cookie=without_cookie("; ".join(all_of(headers, b"cookie"))),
             method=scope["method"],
             target=scope["raw_path"].decode("latin-1") + ("?" + query.decode("latin-1") if query else ""),
-            host=heads[b"host"],
+            host=first_of(headers, b"host"),
             client=self.client(scope),
             right=right,
             stream=stream,
@@ -189,15 +176,15 @@ class Access:
         except Forbidden:
             if right is Right.WRITE:
                 raise
-            raise UnknownStream(f"There is no stream {stream!r}.") from None
+            raise unknown_stream(stream) from None
 
     async def may_name(self, scope: Scope, stream: str) -> bool:
         """Whether who sends a request to upstream may say itself which stream the answer goes to: with the
         right to write; without authentication, from this machine, and not for somebody else."""
         if self.is_required:
             return await self.may(scope, Right.WRITE, stream)
-        heads, client = Heads(scope), scope.get("client")
-        forwarded = heads.all_of(b"x-forwarded-for") or heads.all_of(b"forwarded")
+        headers, client = scope["headers"], scope.get("client")
+        forwarded = all_of(headers, b"x-forwarded-for") or all_of(headers, b"forwarded")
         return not forwarded and client is not None and is_loopback(client[0])
 
     async def may(self, scope: Scope, right: Right, stream: str) -> bool:
@@ -221,9 +208,9 @@ class Access:
         """A token for who was just given an answer of a stream, or ""."""
         return self._keyring.token_for(stream)
 
-    async def exchange(self, scope: Scope) -> Head:
+    async def exchange(self, scope: Scope) -> Headers:
         """The head of the answer that makes a cookie of a token. Raises `Unauthorized`, `AuthUnavailable`."""
-        presented = _in_header(Heads(scope))
+        presented = _in_header(scope["headers"])
         if presented is None:
             raise Unauthorized("Send a token in Authorization to have it in a cookie.")
         grant = await self._keyring.grant(presented)
@@ -232,30 +219,30 @@ class Access:
         return [(b"set-cookie", _cookie(scope, presented, max(0, int(grant.expires_at - time.time()))))]
 
     @staticmethod
-    def forget(scope: Scope) -> Head:
+    def forget(scope: Scope) -> Headers:
         """The head of the answer that takes the cookie back."""
         return [(b"set-cookie", _cookie(scope, "", 0))]
 
     # Sites
 
-    def _check_origin(self, scope: Scope, heads: Heads, has_cookie: bool) -> None:
+    def _check_origin(self, method: str, headers: Headers, has_cookie: bool) -> None:
         """Refuse what a page of another site has a browser do, who may reach what the page may not, or whose
         cookies go along. Raises `CrossOrigin`."""
-        if scope["method"] in SAFE_METHODS:
+        if method in SAFE_METHODS:
             return
-        site, origin = heads[b"sec-fetch-site"], heads[b"origin"]
+        site, origin = first_of(headers, b"sec-fetch-site"), first_of(headers, b"origin")
         if origin in self._origins or (origin and not has_cookie and self.allows_origin(origin)):
             return
         if site:
             is_own = site in ("same-origin", "none")
         elif origin:
-            is_own = urlsplit(origin).netloc.lower() == heads[b"host"].lower()
-        else:
-            is_own = not has_cookie  # no browser
-        if not is_own and not site and not origin:
+            is_own = urlsplit(origin).netloc.lower() == first_of(headers, b"host").lower()
+        elif has_cookie:
             raise CrossOrigin(
                 "A request with a cookie has to say where it comes from: Origin, Sec-Fetch-Site."
             )
+        else:
+            is_own = True  # no browser
         if not is_own:
             raise CrossOrigin("A page of another origin may not do this; --cors-origin names those that may.")
 
@@ -263,27 +250,27 @@ class Access:
         """Whether pages of an origin may use relay's own routes."""
         return origin in self._origins or "*" in self._origins
 
-    def cors(self, scope: Scope) -> Head:
+    def cors(self, scope: Scope) -> Headers:
         """The headers that let a page of an allowed origin see the answer."""
-        origin = Heads(scope)[b"origin"]
+        origin = first_of(scope["headers"], b"origin")
         if not origin or not self.allows_origin(origin):
             return [(b"vary", b"Origin")] if self._origins else []
-        headers = [(b"access-control-expose-headers", ", ".join(EXPOSED).encode()), (b"vary", b"Origin")]
+        exposing = [(b"access-control-expose-headers", ", ".join(EXPOSED).encode()), (b"vary", b"Origin")]
         if origin in self._origins:
-            headers.append((b"access-control-allow-credentials", b"true"))
+            exposing.append((b"access-control-allow-credentials", b"true"))
         else:
             origin = "*"  # whoever it is: without cookies
-        return [(b"access-control-allow-origin", origin.encode("latin-1")), *headers]
+        return [(b"access-control-allow-origin", origin.encode("latin-1")), *exposing]
 
     def is_preflight(self, scope: Scope) -> bool:
         """Whether a browser asks if a page may send a request to relay's own routes (Fetch, 3.3.2)."""
-        heads = Heads(scope)
-        asked = heads[b"access-control-request-method"] and heads[b"origin"]
+        headers: Headers = scope["headers"]
+        asked = first_of(headers, b"access-control-request-method") and first_of(headers, b"origin")
         return scope["method"] == "OPTIONS" and bool(asked)
 
-    def preflight(self, scope: Scope) -> Head:
+    def preflight(self, scope: Scope) -> Headers:
         """The head of the answer to a preflight, beside `cors`. Raises `CrossOrigin`."""
-        if not self.allows_origin(Heads(scope)[b"origin"]):
+        if not self.allows_origin(first_of(scope["headers"], b"origin")):
             raise CrossOrigin("Pages of this origin may not; --cors-origin names those that may.")
         return [
             (b"access-control-allow-methods", b"GET, POST, PUT, DELETE"),
@@ -314,7 +301,7 @@ class Rate:
             self._full_at.popitem(last=False)
 
 
-def without_own_cookie(headers: Head) -> Head:
+def without_own_cookie(headers: Headers) -> Headers:
     """A request's headers as upstream may see them: without relay's cookie."""
     own = COOKIE.encode()
     if not any(name == b"cookie" and own in value for name, value in headers):
@@ -340,14 +327,14 @@ def _parts(cookies: str) -> Iterator[str]:
     return (part.strip() for part in cookies.split(";") if part.strip())
 
 
-def _presented(scope: Scope, heads: Heads) -> Presented | None:
-    if heads[b"relay-authorization"]:
-        return Presented(_bearer(heads[b"relay-authorization"]), "header")
+def _presented(scope: Scope, headers: Headers) -> Presented | None:
+    if first_of(headers, b"relay-authorization"):
+        return Presented(_bearer(first_of(headers, b"relay-authorization")), "header")
     is_ours = scope["path"].startswith("/relay/")
-    value = _in_header(heads) if is_ours else None
+    value = _in_header(headers) if is_ours else None
     if value is not None:
         return Presented(value, "header")
-    if own := set(_own_cookies(heads)):
+    if own := set(_own_cookies(headers)):
         if len(own) > 1:
             # A neighbour's page (another host of the same site) can set one beside ours.
             raise Unauthorized(f"There are several different cookies {COOKIE}.")
@@ -359,17 +346,17 @@ def _presented(scope: Scope, heads: Heads) -> Presented | None:
     return None
 
 
-def _own_cookies(heads: Heads) -> Iterator[str]:
-    for cookies in heads.all_of(b"cookie"):
+def _own_cookies(headers: Headers) -> Iterator[str]:
+    for cookies in all_of(headers, b"cookie"):
         for part in _parts(cookies):
             name, _, value = part.partition("=")
             if name.strip() == COOKIE:
                 yield value.strip()
 
 
-def _in_header(heads: Heads) -> str | None:
+def _in_header(headers: Headers) -> str | None:
     """The credential in `Authorization`, if it is of the scheme that ours are of."""
-    authorization = heads[b"relay-authorization"] or heads[b"authorization"]
+    authorization = first_of(headers, b"relay-authorization") or first_of(headers, b"authorization")
     return _bearer(authorization) if authorization[:7].lower() == "bearer " else None
 
 
@@ -380,7 +367,7 @@ def _bearer(authorization: str) -> str:
 
 def _cookie(scope: Scope, token: str, life_s: int) -> bytes:
     """`Set-Cookie` for a token that was verified, so holds no character that cookies may not."""
-    found = _HOST.fullmatch(Heads(scope)[b"host"])
+    found = _HOST.fullmatch(first_of(scope["headers"], b"host"))
     # A browser keeps a Secure cookie of its own machine too, but not every one does without TLS.
     secure = "" if found and is_loopback(found[1]) else "; Secure"
     return f"{COOKIE}={token}; Path=/; Max-Age={life_s}; HttpOnly; SameSite=Strict{secure}".encode("latin-1")

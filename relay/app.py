@@ -9,76 +9,47 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-import orjson
-
 from relay import trace
-from relay.access import Access, without_own_cookie
+from relay.access import Access
 from relay.admin_api import admin_routes, health_routes
-from relay.api import Api, read_routes, run_object
+from relay.api import Api, read_routes
 from relay.counts import Counts
-from relay.cursor import RESUME_PREFIX, Cursor, ResumeId, Standing, judge, parse_resume_id
 from relay.diagnostics import Colleagues, Diagnostics
-from relay.dialects.detect import BY_NAME, RAW
 from relay.doctor import journal_state, upstream_state
-from relay.errors import (
-    Busy,
-    CallerError,
-    InvalidParameter,
-    JournalError,
-    RelayError,
-    ResumeUnknown,
-    RouteNotFound,
-    TooManyRequests,
-    UnknownRun,
-    UnknownStream,
-    UpgradeUnsupported,
-)
+from relay.errors import Busy, InvalidParameter, JournalError, RelayError, TooManyRequests
+from relay.headers import Headers, first_of
 from relay.ingest.owned import Facts, OwnedRuns
-from relay.ingest.proxy import (
-    Call,
-    ClientGone,
-    Opening,
-    Passed,
-    PassedWhole,
-    Proxy,
-    RunAnswer,
-    RunWishes,
-    StartedRun,
-)
+from relay.ingest.proxy import ClientGone, Proxy, RunWishes, StartedRun
 from relay.ingest.push import Pushes
-from relay.ingest.upstream import TruncatedBody, Upstream, UpstreamRequest
-from relay.journal.base import Condition, Ended, Journal, Page
+from relay.ingest.upstream import Upstream, UpstreamRequest
+from relay.journal.base import Condition, Ended, Journal
 from relay.lifecycle import OWNER_LOST, Ending, Reason, Status, ending
 from relay.metrics import VERSION, Metrics
 from relay.openapi import openapi_routes
+from relay.proxied import Proxied
 from relay.push_api import push_routes
 from relay.reaper import Reaper
-from relay.replay.reader import Lease, Reader, ReaderEnd, Readers, cursor_gone, ended_at, find
+from relay.replay.reader import Lease, ReaderEnd, Readers
 from relay.replay.response import (
     CONNECTION,
-    STREAMING_HEADERS,
-    Head,
     Message,
     Receive,
     Scope,
     Send,
     StreamAnswer,
-    send_no_content,
     send_problem,
     send_whole,
     serve_reader,
     takes_gzip,
 )
 from relay.replay.tail import Tails
-from relay.replay.view import ProxiedNdjsonView, ProxiedSseView
-from relay.security import EVERYTHING, LEEWAY_S, Grant, Right
+from relay.security import EVERYTHING, LEEWAY_S, Grant
 from relay.server import connections_allowed
 from relay.settings import Settings
-from relay.sse import EVENT_STREAM
 from relay.webhook import Webhook
 from relay.workers import Worker
 
@@ -124,6 +95,7 @@ class App:
             if self._upstream is None
             else Proxy(self._upstream, journal, settings, self.owned, self.tails, self._run_ended)
         )
+        self._proxied = Proxied(self, self._proxy)
         self.access = Access(settings)
         routes = [*push_routes(self), *read_routes(self), *health_routes(self), *openapi_routes()]
         administration = admin_routes(self)
@@ -355,9 +327,8 @@ class App:
         send: Send,
     ) -> None:
         """Answer a request, whatever happens."""
-        for name, value in scope["headers"]:
-            if name == trace.HEADER:
-                trace.TRACE_ID.set(trace.trace_id_of(value.decode("latin-1")))
+        if traceparent := first_of(scope["headers"], trace.HEADER):
+            trace.TRACE_ID.set(trace.trace_id_of(traceparent))
         try:
             self.access.admit(scope)
             answer = await find_answer(scope, receive, send)
@@ -388,218 +359,6 @@ class App:
             return None
         return await self._api(scope, receive, send)
 
-    async def _proxied(self, scope: Scope, receive: Receive, send: Send) -> StreamAnswer | None:
-        call = _call(scope, receive, self.access)
-        if any(token.strip().lower() == "websocket" for token in call.header("upgrade").split(",")):
-            raise UpgradeUnsupported("relay does not proxy WebSocket connections.")
-        presented = call.header("last-event-id")
-        browser = _is_event_source(call)
-        client = self.access.client(scope)
-        try:
-            if presented.startswith(RESUME_PREFIX):
-                return await self._resume(presented, browser, client, send)
-            if self._proxy is None:
-                raise RouteNotFound("No upstream is configured; relay's own routes are under /relay.")
-            if stream := self._proxy.resumes(call):
-                current = await self._current(self._proxy, stream, scope)
-                if current is not None:
-                    return await self._known_run(current, None, browser, client, send)
-                await send_no_content(send)
-                return None
-            if stream := self._proxy.stops(call):
-                await self._stop_current(stream, scope, send)
-                return None
-            opened = await self._open(self._proxy, call, scope)
-            if isinstance(opened, Passed):
-                await _pass_on(opened, call.method, scope, send)
-            elif isinstance(opened, PassedWhole):
-                await send_whole(opened.status, opened.headers, opened.body, send)
-            elif isinstance(opened, StartedRun):
-                await _send_started(opened, self._token_headers(opened.stream), send)
-            elif opened.info is None:
-                # A run opened just now is not refused its first reader: upstream was called for it.
-                self.counts.replay_frames.observe(0)
-                found = self._run_from(opened, opened.start, None, browser, client)
-                found.headers += self._token_headers(opened.stream)
-                return found
-            else:
-                known = await self._known_run(opened, None, browser, client, send)
-                if known is not None:
-                    known.headers += self._token_headers(opened.stream)
-                return known
-        except (Busy, JournalError) as error:
-            if not browser:
-                raise
-            await self._ask_to_come_back(error, send)
-        return None
-
-    @staticmethod
-    async def _open(proxy: Proxy, call: Call, scope: Scope) -> Opening:
-        """Ask upstream. On paths that are never journaled a client that leaves takes the call with it."""
-        if not proxy.passes(call.path):
-            return await proxy.open(call)
-        connection = scope["extensions"][CONNECTION]
-        task = asyncio.current_task()
-        assert task is not None
-        connection.on_lost = task.cancel
-        try:
-            return await proxy.open(call)
-        except asyncio.CancelledError:
-            if not connection.lost:
-                raise
-            task.uncancel()
-            raise ClientGone from None
-        finally:
-            connection.on_lost = None
-
-    def _token_headers(self, stream: str) -> Head:
-        """What lets a client that was just answered read the stream of the answer, and stop it."""
-        token = self.access.token_for(stream)
-        return [(b"relay-token", token.encode())] if token else []
-
-    async def _current(self, proxy: Proxy, stream: str, scope: Scope) -> RunAnswer | None:
-        """The current run of a stream that this request may read."""
-        try:
-            await self.access.grant(scope, Right.READ, stream)
-        except UnknownStream:
-            return None
-        return await proxy.current(stream)
-
-    async def _stop_current(self, stream: str, scope: Scope, send: Send) -> None:
-        """Cancel a stream's newest open run: the run as it ended, or 204."""
-        try:
-            await self.access.grant(scope, Right.CANCEL, stream)
-            run = (await self.journal.describe(stream)).current_run
-        except UnknownStream:
-            run = ""
-        if not run:
-            await send_no_content(send)
-            return
-        info = await self.pushes.cancel(stream, run, "")
-        headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
-        await send_whole(200, headers, orjson.dumps(run_object(stream, info)), send)
-
-    async def _resume(self, presented: str, browser: bool, client: str, send: Send) -> StreamAnswer | None:
-        """Answer a request that carries a resume id from the journal, never from upstream."""
-        resume_id = parse_resume_id(presented)
-        answer, after, page = await find(self.tails, partial(self._look_up, resume_id))
-        return await self._known_run(answer, (after, page), browser, client, send)
-
-    async def _look_up(self, resume_id: ResumeId) -> tuple[tuple[RunAnswer, Cursor, Page], bool]:
-        """The run of a resume id, the reader's cursor and what comes behind it; and whether the journal has
-        less of an open run than was shown to the reader. Raises `ResumeUnknown`."""
-        found = await self.journal.resolve_token(resume_id.token)
-        if found is None:
-            raise ResumeUnknown("This answer is not kept any more, or never was.")
-        stream, name = found
-        try:
-            info = await self.journal.run(stream, name)
-        except (UnknownStream, UnknownRun):
-            raise ResumeUnknown("This answer is not kept any more.") from None
-        if info.token != resume_id.token:
-            # The stream was made anew between the two questions: a run of the same name is another's answer.
-            raise ResumeUnknown("This answer is not kept any more.")
-        answer = RunAnswer.of(stream, info, None if self._proxy is None else self._proxy.pump(stream, name))
-        after = max(resume_id.cursor, answer.start)
-        try:
-            # One frame is enough to judge by, and no more is held as long as the client stays.
-            page = await self.journal.read(stream, after, 1, 1)
-        except UnknownStream:
-            raise ResumeUnknown("This answer is not kept any more.") from None
-        ahead = judge(after, page.extent, page.anchor_ms) is Standing.AHEAD
-        return (answer, after, page), ahead and not info.ended_ms
-
-    async def _known_run(
-        self,
-        answer: RunAnswer,
-        presented: tuple[Cursor, Page] | None,
-        browser: bool,
-        client: str,
-        send: Send,
-    ) -> StreamAnswer | None:
-        """A run opened before, from its reader's cursor or its start. Who has all of it gets 204."""
-        info = answer.info
-        assert info is not None
-        self.check_room(answer.stream, client)
-        if presented is None:
-            after = answer.start
-            page = await self.journal.read(answer.stream, after, 1, 1)
-        else:
-            after, page = presented
-        standing = judge(after, page.extent, page.anchor_ms)
-        nothing_left = info.ended_ms and info.last_data <= after.seq
-        if presented is not None and nothing_left and standing.same_life:
-            self.metrics.resumed("ended")
-            await send_no_content(send, answer.media_type if info.status is Status.COMPLETED else "")
-            return None
-        if standing is not Standing.HERE:
-            self.metrics.resumed(standing.value)
-            raise cursor_gone(standing, page)
-        if presented is not None:
-            self.metrics.resumed("resumed")
-        self.counts.replay_frames.observe(max(0, page.extent.top.seq - after.seq))
-        return self._run_from(answer, after, ended_at(info), browser, client)
-
-    def _run_from(
-        self, answer: RunAnswer, after: Cursor, ended_seq: int | None, browser: bool, client: str
-    ) -> StreamAnswer:
-        """A run as upstream's own answer, from a cursor on."""
-        prime = b""
-        view: ProxiedSseView | ProxiedNdjsonView
-        if answer.media_type.lower().startswith(EVENT_STREAM):
-            view = ProxiedSseView(answer.run, answer.token, answer.media_type)
-            if browser and after == answer.start:
-                prime = view.prime(self.settings.retry_ms)
-        else:
-            view = ProxiedNdjsonView(answer.run, answer.media_type)
-        reader = Reader(
-            self.tails,
-            answer.stream,
-            view,
-            after,
-            None,
-            ended_at=ended_seq,
-            # Only a browser's EventSource is known to come back; others would take the end for the end.
-            lease=self.lease() if browser else None,
-            client=client,
-        )
-
-        def break_off() -> None:
-            reader.leave(ReaderEnd.ERROR)
-
-        async def whole(reader: Reader) -> bool:
-            return await self._may_end_whole(answer.stream, answer.run, reader)
-
-        headers = [
-            *answer.headers,
-            *(header for header in STREAMING_HEADERS if header[0] != b"vary"),
-            (b"relay-stream", answer.stream.encode()),
-            (b"relay-run", answer.run.encode()),
-            (b"relay-cursor", str(after).encode()),
-        ]
-        released = None
-        pump = answer.pump
-        if pump is not None:
-            pump.on_broken.add(break_off)
-            released = partial(pump.on_broken.discard, break_off)
-            if pump.broken:
-                break_off()
-        return StreamAnswer(reader, answer.status, headers, prime, whole, released)
-
-    async def _may_end_whole(self, stream: str, run: str, reader: Reader) -> bool:
-        """Whether a proxied answer may be closed as complete: it is, or its format said that it is not."""
-        if reader.terminal is not None:
-            status = orjson.loads(reader.terminal.data)["status"]
-            if status == Status.COMPLETED:
-                return True
-        try:
-            info = await self.journal.run(stream, run)
-        except RelayError:
-            return False
-        # Who ends a run of which it is not known that it was answered leaves its format alone.
-        said = info.answer and BY_NAME.get(info.dialect, RAW).error_event(ending(Reason.UPSTREAM_ERROR))
-        return info.status is Status.COMPLETED or bool(said)
-
     def check_room(self, stream: str, client: str) -> None:
         """Raises `Busy` when no further reader may be served: at all, of the stream, or of the client."""
         settings, readers = self.settings, self.readers
@@ -609,13 +368,6 @@ class App:
             raise TooManyRequests("This stream has as many readers as it may.")
         if settings.client_readers_max and readers.of_client[client] >= settings.client_readers_max:
             raise TooManyRequests("This client has as many readers as it may.")
-
-    async def _ask_to_come_back(self, error: RelayError, send: Send) -> None:
-        """A browser's EventSource gives up for ever on anything but 200; this makes it try again."""
-        log.warning("a browser is asked to come back: %s", error)
-        self.counts.refusals[error.code] += 1
-        headers = [(b"content-type", EVENT_STREAM.encode()), *STREAMING_HEADERS]
-        await send_whole(200, headers, b"retry: %d\n\n" % self.tails.retry_ms(), send)
 
 
 def _log_ended(stream: str, run: str, end: Ending, facts: Facts | None) -> None:
@@ -628,7 +380,7 @@ def _log_ended(stream: str, run: str, end: Ending, facts: Facts | None) -> None:
         log.log(level, said + " frames=%d duration_s=%.3f", *told, *facts)
 
 
-async def _send_with(more: Head, send: Send, message: Message) -> None:
+async def _send_with(more: Headers, send: Send, message: Message) -> None:
     """Add headers to an answer, behind its own: a content type stands first, so that a cut head has it."""
     if message["type"] == "http.response.start":
         message["headers"] = [*message["headers"], *more]
@@ -637,115 +389,3 @@ async def _send_with(more: Head, send: Send, message: Message) -> None:
 
 def _wall_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-class Caller:
-    """Who sends a request to upstream, by the rules of access."""
-
-    def __init__(self, scope: Scope, access: Access) -> None:
-        self._scope = scope
-        self._connection = scope["extensions"][CONNECTION]
-        self._access = access
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the connection is lost."""
-        return bool(self._connection.lost)
-
-    async def may_name(self, stream: str) -> bool:
-        """Whether its credential says so; without authentication, whether it is on this machine."""
-        return await self._access.may_name(self._scope, stream)
-
-    async def may(self, right: str, stream: str) -> bool:
-        """Whether its credential says so; everybody may where there is no authentication."""
-        return await self._access.may(self._scope, Right(right), stream)
-
-    async def check_named(self, stream: str) -> None:
-        """Raises what `Access.check_named` does."""
-        await self._access.check_named(self._scope, stream)
-
-
-def _call(scope: Scope, receive: Receive, access: Access) -> Call:
-    raw_path: bytes = scope["raw_path"]
-    if not raw_path.startswith(b"/"):
-        raise CallerError("The request target is not a path.")
-    query: bytes = scope["query_string"]
-    target = raw_path + (b"?" + query if query else b"")
-    headers: list[tuple[bytes, bytes]] = scope["headers"]
-    has_body = any(
-        name == b"transfer-encoding" or (name == b"content-length" and value.strip() != b"0")
-        for name, value in headers
-    )
-    for name, value in headers:
-        if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
-            # Passed on without the header, the body would be taken for something else.
-            raise CallerError("A request's transfer coding can only be chunked.")
-    return Call(
-        method=scope["method"],
-        path=scope["path"],
-        target=target.decode("latin-1"),
-        headers=without_own_cookie(headers),
-        body=_request_body(receive) if has_body else None,
-        caller=Caller(scope, access),
-    )
-
-
-async def _request_body(receive: Receive) -> AsyncIterator[bytes]:
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        if message["body"]:
-            yield message["body"]
-        if not message["more_body"]:
-            return
-
-
-def _is_event_source(call: Call) -> bool:
-    """A browser's own EventSource: it comes back by itself, with the last id it saw."""
-    return (
-        call.method == "GET"
-        and call.header("accept").lower() == EVENT_STREAM
-        and call.header("sec-fetch-dest") != ""
-    )  # fmt: skip
-
-
-async def _send_started(started: StartedRun, more: Head, send: Send) -> None:
-    """The answer to `Prefer: respond-async` (RFC 7240 section 4.1)."""
-    cursor = str(started.cursor)
-    document = {"stream": started.stream, "run": started.run, "cursor": cursor}
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"cache-control", b"no-store"),
-        (b"preference-applied", b"respond-async"),
-        (b"relay-stream", started.stream.encode()),
-        (b"relay-run", started.run.encode()),
-        (b"relay-cursor", cursor.encode()),
-        *more,
-    ]
-    if started.frames_after is not None:
-        headers.append((b"relay-frames-after", b"%d" % started.frames_after))
-    await send_whole(202, headers, orjson.dumps(document), send)
-
-
-async def _pass_on(passed: Passed, method: str, scope: Scope, send: Send) -> None:
-    """An answer that is not journaled, as it comes; broken off if upstream breaks off."""
-    connection = scope["extensions"][CONNECTION]
-    answer = passed.answer
-    connection.on_lost = answer.close
-    headers = passed.headers
-    if answer.status in (204, 304):
-        headers = [(name, value) for name, value in headers if name != b"content-length"]
-    try:
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        if method != "HEAD":
-            async for data in answer.body():
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-    except TruncatedBody as error:
-        if not connection.lost:
-            log.info("passed answer broke off: %s", error)
-        connection.finish_and_abort()
-    finally:
-        connection.on_lost = None
-        answer.close()

@@ -270,6 +270,7 @@ async def _supervise(options: dict[str, Any], is_json: bool) -> None:
     """Have several workers run relay until told to stop."""
     settings = Settings(**options)
     _check_bind(settings)
+    _check_upstream(settings)
     if urlsplit(settings.journal).scheme == "sqlite":
         raise StartupError(
             f"--workers {settings.workers} needs a Redis journal, --journal redis://…: an SQLite file "
@@ -295,6 +296,7 @@ def _work(worker: Worker, options: dict[str, Any]) -> None:
 async def _serve(settings: Settings, ready: Callable[[str], None], worker: Worker | None = None) -> None:
     """Run relay until it is told to stop. `ready` is called when it serves, with the URL where."""
     _check_bind(settings)
+    _check_upstream(settings)
     wanted = settings.connections_max + settings.open_runs_max
     allowed = allow_connections(wanted)
     if allowed < wanted:
@@ -432,6 +434,19 @@ def _refuse_bind(flag: str, host: str, harm: str, remedy: str) -> None:
             f"{flag}: without authentication relay does not listen on {host}: whoever reaches it can {harm}. "
             f"Give {remedy}, or put something that authenticates before it and give --insecure-bind."
         )
+
+
+def _check_upstream(settings: Settings) -> None:
+    """Refuse to be one's own upstream, which one request would keep busy for ever."""
+    parts = urlsplit(settings.upstream)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return  # which is no URL, and is said to be none
+    host, here = parts.hostname or "", settings.host
+    is_here = host == here or (is_loopback(host) and (is_loopback(here) or here in ("0.0.0.0", "::")))
+    if is_here and port == settings.port:
+        raise StartupError(f"--upstream {settings.upstream} is relay's own address; give the agent's.")
 
 
 def _admin_address(settings: Settings) -> tuple[str, int]:

@@ -591,7 +591,7 @@ class _Retrying:
     async def pause(self, error: Exception) -> None:
         """Wait until it is time to ask again; raises what the caller is told when it never is."""
         told = error.error if isinstance(error, _NotNow) else _unreachable(self._url, error)
-        if isinstance(error, aiohttp.InvalidURL):
+        if isinstance(error, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError):
             raise told from None
         if isinstance(error, aiohttp.ClientConnectorError) and not self._reached:
             raise told from None
@@ -667,10 +667,15 @@ def _seconds(retry_after: str | None) -> float | None:
 
 def _unreachable(url: str, error: Exception) -> Unreachable:
     base = url.partition("/relay/")[0]
-    if isinstance(error, aiohttp.InvalidURL):
-        return Unreachable(f"{base!r} is not a URL, such as http://127.0.0.1:8080.")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return Unreachable(f"Nothing answers at {base}.")
+    match error:
+        case aiohttp.InvalidURL() | aiohttp.NonHttpUrlClientError():
+            return Unreachable(f"{base!r} is not a URL, such as http://127.0.0.1:8080.")
+        case aiohttp.ClientConnectorDNSError():
+            return Unreachable(f"There is no host {error.host!r}, or its name cannot be looked up.")
+        case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientConnectorSSLError():
+            return Unreachable(f"{base} cannot be reached by TLS: {error}")
+        case aiohttp.ClientConnectorError():
+            return Unreachable(f"Nothing answers at {base}.")
     return Unreachable(f"Cannot reach {base}: {str(error) or type(error).__name__}")
 
 

@@ -131,8 +131,18 @@ class UnknownStream(CallerError):
     code, status, title = "unknown_stream", 404, "Unknown stream"
 
 
+def unknown_stream(stream: str) -> UnknownStream:
+    """What is said of a stream that is not there, and of one that is not this caller's: the same."""
+    return UnknownStream(f"There is no stream '{stream}'.")
+
+
 class UnknownRun(CallerError):
     code, status, title = "unknown_run", 404, "Unknown run"
+
+
+def unknown_run(run: str) -> UnknownRun:
+    """What is said of a run that its stream has not."""
+    return UnknownRun(f"The stream has no run '{run}'.")
 
 
 class MethodNotAllowed(CallerError):

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from relay import trace
-from relay.api import Guarded, Json, News, run_object, stream_object
+from relay.api import Guarded, Json, run_object, stream_object
 from relay.dialects.detect import BY_NAME
 from relay.errors import (
     BodyTooLarge,
@@ -47,6 +47,7 @@ from relay.limits import (
     check_run_name,
     check_stream_name,
 )
+from relay.replay.news import news_of
 from relay.replay.request import JSON, read_number
 from relay.replay.response import CONNECTION, Receive, Scope, Send
 from relay.security import Right
@@ -303,12 +304,8 @@ class WriterRoutes:
             raise Busy("This relay is shutting down.")
         idle_timeout_s = (await app.journal.run(stream, run)).idle_timeout_s
         deadline = tails.now() + wait_s
-        tail = tails.acquire(stream)
-        news = News(tail)
         connection = request.scope["extensions"][CONNECTION]
-        connection.on_lost = news.give_up
-        app.readers.expect(news.give_up)
-        try:
+        with news_of(stream, tails, app.readers, connection) as news:
             while not app.draining:
                 news.listen()  # before the question, so that no news after its answer is missed
                 state = await app.journal.hear_of(stream, run, writer)
@@ -318,16 +315,12 @@ class WriterRoutes:
                 hear_at = min(deadline, tails.now() + idle_timeout_s / 3) if idle_timeout_s else deadline
                 while await news.wait(hear_at - tails.now()):
                     news.listen()
-                    if tail.deleted or tail.run_is_open(run) is False:
+                    if news.tail.deleted or news.tail.run_is_open(run) is False:
                         break
                 if connection.lost:
                     raise ClientGone
                 if tails.now() >= deadline:
                     return
-        finally:
-            connection.on_lost = None
-            app.readers.expected(news.give_up)
-            tails.release(tail, news)
 
 
 # Answers

@@ -15,7 +15,8 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from relay.counts import Counts
-from relay.replay.response import CONNECTION, Head
+from relay.headers import Headers
+from relay.replay.response import CONNECTION
 from relay.settings import Settings
 
 log = logging.getLogger("relay.server")
@@ -119,7 +120,7 @@ class Exchange:
         self.cycle = cycle
         self.is_read = False
         """Whether the answer is a reader's, who looks himself after how it is taken."""
-        self.more_headers: Head = []
+        self.more_headers: Headers = []
         """What `answer` sends besides its own headers."""
         self.may_be_silent = False
         """Whether the request's body may pause for as long as it likes."""
@@ -179,7 +180,7 @@ class Exchange:
         protocol.transport.write(in_chunk(data) if in_chunks else data)
         return not protocol.flow.write_paused
 
-    async def answer(self, status: int, headers: Head, body: bytes) -> None:
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
         """The whole response, in one write; through ASGI's `send` it takes two, which is felt where a request
         is small. `headers` say how long the body is. Not for HEAD, nor for a status without a body."""
         cycle, protocol = self.cycle, self._protocol

@@ -173,6 +173,23 @@ def test_an_upstream_that_is_no_base_url_stops_the_start(tmp_path: Path, url: st
     assert f"--upstream {url!r}" in refusal("--upstream", url, cwd=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("host", "upstream"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8080"),
+        ("127.0.0.1", "http://localhost:8080/v1"),
+        ("localhost", "http://[::1]:8080"),
+        ("0.0.0.0", "http://127.0.0.1:8080"),
+        ("::", "http://localhost:8080"),
+        ("relay.example", "http://relay.example:8080"),
+    ],
+)
+def test_relay_is_not_its_own_upstream(tmp_path: Path, host: str, upstream: str) -> None:
+    """One request would be a thousand."""
+    line = refusal("--host", host, "--port", "8080", "--upstream", upstream, "--insecure-bind", cwd=tmp_path)
+    assert f"--upstream {upstream} is relay's own address" in line
+
+
 @pytest.mark.parametrize("path", ["/xx", "/99999x", "/1/2"])
 def test_a_redis_database_that_is_no_number_is_not_taken_for_the_first(tmp_path: Path, path: str) -> None:
     assert "database number" in refusal("--journal", f"redis://127.0.0.1:1{path}", cwd=tmp_path)

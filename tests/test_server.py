@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from producing import Producer
@@ -299,6 +300,8 @@ def test_what_is_sent_ahead_of_the_end_of_a_stream_is_answered_after_it(
         client.request("GET", f"/relay/v1/streams/{name}/events?run=current", "X-First: " + "a" * 1000)
         client.request("POST", f"/relay/v1/streams/{name}-2/runs", JSON, body=b'{"run":"r"}')
         client.request("GET", f"/relay/v1/streams/{name}-2/runs/r", "X-Third: c")
+        while not [one for one in relay.json("/relay/v1/diagnostics")["readers"] if one["stream"] == name]:
+            time.sleep(0.01)  # it reads the run that is open now, and after the end there is none
         producer.push("one", end="completed")
         stream = client.answer()
         assert stream.body.count(b"data: one\n") == 1

@@ -16,7 +16,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-CORE = {"errors", "limits", "settings", "cursor", "frame", "sse", "ndjson", "lifecycle", "counts", "trace"}
+CORE = {
+    "errors",
+    "limits",
+    "settings",
+    "cursor",
+    "frame",
+    "sse",
+    "ndjson",
+    "headers",
+    "lifecycle",
+    "counts",
+    "trace",
+}
 IMPURE = {
     "asyncio",
     "time",

@@ -10,6 +10,7 @@ from relay.dialects import ag_ui, ai_sdk, anthropic, langgraph, openai_chat, ope
 from relay.dialects.base import Dialect
 from relay.dialects.raw import Raw
 from relay.frame import Event
+from relay.headers import Headers, first_of
 from relay.lifecycle import Ending
 
 RAW = Raw()
@@ -43,10 +44,10 @@ _BY_FIRST_EVENT: tuple[tuple[Callable[[Event], bool], Dialect], ...] = (
 )
 
 
-def by_head(path: str, header: Callable[[bytes], str]) -> Dialect | None:
-    """The dialect that the head of an event stream, or the well-known path it answers, stands for; `header`
-    gives a header's value or "". It sees what a first event cannot show: an error before any other event."""
-    if header(ai_sdk.HEADER):
+def by_head(path: str, headers: Headers) -> Dialect | None:
+    """The dialect that the head of an event stream, or the well-known path it answers, stands for. It
+    sees what a first event cannot show: an error before any other event."""
+    if first_of(headers, ai_sdk.HEADER):
         return AI_SDK
     return next((dialect for pattern, dialect in _BY_PATH if pattern.search(path)), None)
 

@@ -10,13 +10,14 @@ from urllib.parse import unquote
 import orjson
 
 from relay.errors import StartupError
+from relay.headers import Headers, first_of
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110 section 5.6.2
 _PATH_WORD = re.compile(r"\{stream\}")
 _METHOD = re.compile(r"[A-Z]+", re.ASCII)
 
 
-Rule = Callable[[str, Callable[[str], str], Any], str]
+Rule = Callable[[str, Headers, Any], str]
 """Finds a stream's name, or "", in a raw path, a way to a header's value, and a parsed JSON body."""
 
 
@@ -26,11 +27,11 @@ class NamingRules(NamedTuple):
     rules: Sequence[Rule]
     needs_body: bool
 
-    def find(self, raw_path: str, header: Callable[[str], str], body: Any) -> str:
-        """The stream's name, or "". `header` gives a header's value or ""; `body` is the parsed JSON or None.
-        What is found may not be a valid name."""
+    def find(self, raw_path: str, headers: Headers, body: Any) -> str:
+        """The stream's name, or "". `body` is the parsed JSON or None. What is found may not be a
+        valid name."""
         for rule in self.rules:
-            name = rule(raw_path, header, body)
+            name = rule(raw_path, headers, body)
             if name:
                 return name
         return ""
@@ -48,7 +49,7 @@ def naming_rules(settings: Sequence[str]) -> NamingRules:
             rules.append(_body_rule(rest))
             needs_body = True
         elif kind == "header" and _HEADER_NAME.fullmatch(rest):
-            rules.append(_header_rule(rest.lower()))
+            rules.append(_header_rule(rest))
         else:
             raise StartupError(
                 f"--stream-from {setting!r} is not path:/chat/{{stream}}, body:/json/pointer or header:Name."
@@ -91,7 +92,7 @@ def _path(pattern: str) -> re.Pattern[str]:
 def _path_rule(pattern: str) -> Rule:
     path = _path(pattern)
 
-    def rule(raw_path: str, header: Callable[[str], str], body: Any) -> str:
+    def rule(raw_path: str, headers: Headers, body: Any) -> str:
         match = path.fullmatch(raw_path)
         return unquote(match[1]) if match else ""
 
@@ -99,14 +100,15 @@ def _path_rule(pattern: str) -> Rule:
 
 
 def _header_rule(name: str) -> Rule:
-    return lambda raw_path, header, body: header(name)
+    wanted = name.lower().encode()
+    return lambda raw_path, headers, body: first_of(headers, wanted)
 
 
 def _body_rule(pointer: str) -> Rule:
     # RFC 6901
     keys = [part.replace("~1", "/").replace("~0", "~") for part in pointer[1:].split("/")]
 
-    def rule(raw_path: str, header: Callable[[str], str], body: Any) -> str:
+    def rule(raw_path: str, headers: Headers, body: Any) -> str:
         for key in keys:
             if isinstance(body, dict):
                 body = body.get(key)

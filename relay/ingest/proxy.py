@@ -41,11 +41,12 @@ from relay.errors import (
     UpstreamInvalid,
 )
 from relay.frame import Frame
+from relay.headers import Headers, all_of, end_to_end, first_of
 from relay.ingest.naming import naming_rules, parse_json, stream_routes
 from relay.ingest.opening import SAID_OF_SUPERSEDED, open_run
 from relay.ingest.owned import Facts, OnEnded, OwnedRuns
 from relay.ingest.pump import Called, CallingPump, Lines, Parser, Pump, ServerSentEvents, Whole
-from relay.ingest.upstream import Answer, Headers, Inflater, Upstream, UpstreamRequest, end_to_end
+from relay.ingest.upstream import Answer, Inflater, Upstream, UpstreamRequest
 from relay.ingest.writer import RunWriter
 from relay.journal.base import Journal, Opened, RunInfo, RunOpening
 from relay.lifecycle import Ending, Reason, Status, ending
@@ -72,7 +73,7 @@ _NOT_OF_A_STREAM = (
 # What a request tells relay about its run, and not upstream.
 _FOR_RELAY = (b"relay-authorization", b"relay-supersedes", b"relay-if-busy", b"relay-dialect")
 
-_OF_WHO = ("authorization", "cookie", "relay-authorization", "x-api-key", "api-key", "x-goog-api-key")
+_OF_WHO = (b"authorization", b"cookie", b"relay-authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
 """What tells one caller of upstream from another: those with credentials in other places share their keys."""
 
 IF_BUSY = ("allow", "reject", "supersede")
@@ -128,15 +129,6 @@ class Call:
     headers: Headers
     body: AsyncIterator[bytes] | None
     caller: Caller
-
-    def header(self, name: str) -> str:
-        """A header's first value, or ""."""
-        return next(iter(self.all_of(name)), "")
-
-    def all_of(self, name: str) -> list[str]:
-        """A header's values, one for each time it was sent."""
-        wanted = name.encode()
-        return [value.decode("latin-1").strip() for key, value in self.headers if key == wanted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,17 +190,17 @@ class RunWishes:
 
 def read_wishes(call: Call) -> RunWishes:
     """The wishes in a request's headers; raises `InvalidParameter`, `InvalidName`."""
-    if_busy = call.header("relay-if-busy") or "allow"
+    if_busy = first_of(call.headers, b"relay-if-busy") or "allow"
     if if_busy not in IF_BUSY:
         raise InvalidParameter(f"Relay-If-Busy is one of {', '.join(IF_BUSY)}.")
-    given = call.all_of("relay-supersedes")
+    given = all_of(call.headers, b"relay-supersedes")
     supersedes = [name.strip() for name in ",".join(given).split(",")] if given else []
     if len(supersedes) > SUPERSEDES_MAX:
         raise InvalidParameter(f"Relay-Supersedes names {SUPERSEDES_MAX} runs at most.")
     for name in supersedes:
         if name != "latest":
             check_run_name(name)
-    dialect = call.header("relay-dialect")
+    dialect = first_of(call.headers, b"relay-dialect")
     if dialect and dialect not in BY_NAME:
         raise InvalidParameter(f"Relay-Dialect is one of {', '.join(BY_NAME)}.")
     return RunWishes(dialect=dialect, supersedes=supersedes, if_busy=if_busy)
@@ -354,11 +346,11 @@ class Proxy:
 
     async def _open_call(self, call: Call) -> Opening:
         wishes = read_wishes(call)
-        key = call.header("idempotency-key")
+        key = first_of(call.headers, b"idempotency-key")
         others = _preferences_without_async(call)
         if others is not None and call.method != "HEAD":
             return await self._open_async(call, others, wishes, key)
-        if self._is_full and call.header("accept").lower() == EVENT_STREAM:
+        if self._is_full and first_of(call.headers, b"accept").lower() == EVENT_STREAM:
             raise Busy(_TOO_MANY_RUNS)  # it can only want a stream, so upstream need not be called in vain
         body: AsyncIterator[bytes] | bytes | None = call.body
         if key:
@@ -369,7 +361,7 @@ class Proxy:
             if isinstance(joined, tuple):
                 return await self._joined_answer(call, *joined)
             return joined
-        if self._naming.needs_body and "json" in call.header("content-type"):
+        if self._naming.needs_body and "json" in first_of(call.headers, b"content-type"):
             begun, rest = await self._begin_body(call.body)
             name = await self._name(call, begun if rest is None else None)
             return await self._open(call, begun if rest is None else _joined(begun, rest), name, wishes)
@@ -400,12 +392,12 @@ class Proxy:
         """The stream's name as the request tells it. Raises `InvalidName` for one the caller gave itself;
         what a setting finds is checked when the answer turns out to be a stream, and only then."""
         parsed = parse_json(body) if self._naming.needs_body and body is not None else None
-        name = self._naming.find(call.target.partition("?")[0], call.header, parsed)
+        name = self._naming.find(call.target.partition("?")[0], call.headers, parsed)
         if name:
             if is_stream_name(name):
                 await call.caller.check_named(name)
             return name
-        given = call.header("relay-stream")
+        given = first_of(call.headers, b"relay-stream")
         return check_stream_name(given) if given and await call.caller.may_name(given) else ""
 
     async def _open(
@@ -584,7 +576,7 @@ class Proxy:
             if not _is_stream(request.method, answer):
                 return Called(answer, None, dialect, kept_head)
             parser, found = self._reading(answer, request.path)
-            named = answer.header(b"relay-stream")
+            named = first_of(answer.headers, b"relay-stream")
             if named not in ("", stream):
                 # Too late: readers of the run's stream have been told of it.
                 log.warning("stream=%s upstream's Relay-Stream %r comes too late", stream, named)
@@ -595,12 +587,12 @@ class Proxy:
 
     def _reading(self, answer: Answer, path: str) -> tuple[Parser, Dialect | None]:
         """How a stream is read, and its dialect if that shows before its first event."""
-        coding = answer.header(b"content-encoding").lower()
+        coding = first_of(answer.headers, b"content-encoding").lower()
         if coding not in ("", "identity", *Inflater.CODINGS):
             raise UpstreamInvalid(f"Upstream was asked for identity and sent its stream as {coding!r}.")
         sse = answer.media_type == EVENT_STREAM
         parser = (ServerSentEvents if sse else Lines)(self._settings.frame_max_bytes)
-        return parser, self._named_dialect or (by_head(path, answer.header) if sse else None)
+        return parser, self._named_dialect or (by_head(path, answer.headers) if sse else None)
 
     def _opening(self, stream: str, wishes: RunWishes, dialect: Dialect | None, kept_head: str) -> RunOpening:
         supersedes = wishes.supersedes or wishes.if_busy == "supersede"
@@ -742,7 +734,7 @@ class Proxy:
         A key whose run the journal does not keep any more is 410 for the rest of its time. Calling upstream
         again would do twice what the key promises to do once; a new key asks for that."""
         scope = (
-            call.method, call.target, stream, *(call.all_of(header) for header in _OF_WHO), key,
+            call.method, call.target, stream, *(all_of(call.headers, header) for header in _OF_WHO), key,
         )  # fmt: skip
         claimed = hashlib.sha256(orjson.dumps(scope)).hexdigest()
         digest = hashlib.sha256(body or b"").hexdigest()
@@ -932,7 +924,7 @@ def _shut_down() -> Ending:
 
 def _preferences_without_async(call: Call) -> list[str] | None:
     """What else a request prefers (RFC 7240) when it asks to be answered at once; None when it does not."""
-    given = [part.strip() for value in call.all_of("prefer") for part in value.split(",")]
+    given = [part.strip() for value in all_of(call.headers, b"prefer") for part in value.split(",")]
     others = [part for part in given if part.partition(";")[0].strip().lower() != "respond-async"]
     return None if len(others) == len(given) else others
 
@@ -956,21 +948,21 @@ def _head(answer: Answer) -> Headers:
 
 def _stream_named_by(answer: Answer) -> str:
     try:
-        name = answer.header(b"relay-stream")
+        name = first_of(answer.headers, b"relay-stream")
         return check_stream_name(name) if name else ""
     except InvalidName as error:
         raise UpstreamInvalid(f"Upstream's Relay-Stream header: {error.detail}") from None
 
 
 def _dialect_named_by(answer: Answer) -> Dialect | None:
-    name = answer.header(b"relay-dialect")
+    name = first_of(answer.headers, b"relay-dialect")
     if name and name not in BY_NAME:
         raise UpstreamInvalid(f"Upstream's Relay-Dialect header is none of {', '.join(BY_NAME)}.")
     return BY_NAME.get(name)
 
 
 def _metadata_of(answer: Answer) -> str:
-    text = answer.header(b"relay-metadata")
+    text = first_of(answer.headers, b"relay-metadata")
     if text and (len(text) > METADATA_MAX_BYTES or not _can_be_kept(text.encode("latin-1"))):
         raise UpstreamInvalid("Upstream's Relay-Metadata header is not JSON, or too large.")
     return text.encode("latin-1").decode(errors="replace")

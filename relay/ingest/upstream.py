@@ -22,11 +22,10 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from relay.errors import InvalidParameter, StartupError, UpstreamInvalid, UpstreamSlow, UpstreamUnreachable
+from relay.headers import Headers, end_to_end, first_of
 from relay.settings import Settings
 
 log = logging.getLogger("relay.upstream")
-
-Headers = list[tuple[bytes, bytes]]
 
 READ_MAX_BYTES = 64 * 1024
 """Bytes read from upstream before the journal has taken them; also one piece of decompressed data."""
@@ -42,21 +41,6 @@ UPSTREAM_HEAD_MAX_BYTES = 64 * 1024
 _FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
-# RFC 9110 section 7.6.1, and what proxies have called hop-by-hop since RFC 2616.
-_HOP_BY_HOP = frozenset(
-    (
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    )
-)
-
 
 class TruncatedBody(Exception):
     """Upstream's answer broke off."""
@@ -64,16 +48,6 @@ class TruncatedBody(Exception):
 
 class IdleBody(Exception):
     """Upstream said nothing for too long."""
-
-
-def end_to_end(headers: Iterable[tuple[bytes, bytes]], *drop: bytes) -> Headers:
-    """Headers without the hop-by-hop ones, those that `Connection` names, and `drop`. Names in lower case."""
-    kept = [(name.lower(), value) for name, value in headers]
-    dropped = _HOP_BY_HOP.union(drop)
-    for name, value in kept:
-        if name == b"connection":
-            dropped = dropped.union(token.strip().lower() for token in value.split(b","))
-    return [(name, value) for name, value in kept if name not in dropped]
 
 
 class UpstreamRequest(NamedTuple):
@@ -153,7 +127,7 @@ class Answer:
                 raise UpstreamInvalid("Upstream's answer has a header that is not valid.")
         if not 200 <= self.status <= 599:
             raise UpstreamInvalid(f"Upstream's answer has the status {self.status}.")
-        if self.header(b"transfer-encoding"):
+        if first_of(self.headers, b"transfer-encoding"):
             # RFC 9112 section 6.3: a length beside it says nothing.
             self.headers = [(name, value) for name, value in self.headers if name != b"content-length"]
         self._response = response
@@ -171,17 +145,10 @@ class Answer:
         if self._closed is not None:
             self._closed.add_done_callback(self._connection_closed)
 
-    def header(self, name: bytes) -> str:
-        """A header's first value, or ""."""
-        for key, value in self.headers:
-            if key == name:
-                return value.decode("latin-1").strip()
-        return ""
-
     @property
     def media_type(self) -> str:
         """The media type without parameters, in lower case."""
-        return self.header(b"content-type").partition(";")[0].strip().lower()
+        return first_of(self.headers, b"content-type").partition(";")[0].strip().lower()
 
     async def read(self, idle_s: float | None = None) -> bytes:
         """What has come of the body since the last time, transfer coding removed; waits for something, and is
@@ -224,7 +191,7 @@ class Answer:
     def decoded_reads(self) -> Callable[[], Awaitable[bytes]]:
         """Reads of a stream's body with its content coding removed, in pieces of bounded size. Each raises as
         `read`, for the configured silence."""
-        encoding = self.header(b"content-encoding").lower()
+        encoding = first_of(self.headers, b"content-encoding").lower()
         if encoding in ("", "identity"):
             return partial(self.read, self.idle_s)
         return partial(anext, self._inflated(Inflater(encoding)), b"")
@@ -237,7 +204,7 @@ class Answer:
 
     def decoded(self, body: bytes, most_bytes: int) -> bytes:
         """A body that was read whole, its content coding removed, cut at a size. Raises `TruncatedBody`."""
-        encoding = self.header(b"content-encoding").lower()
+        encoding = first_of(self.headers, b"content-encoding").lower()
         if encoding in ("", "identity"):
             return body[:most_bytes]
         inflater = Inflater(encoding)

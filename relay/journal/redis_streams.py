@@ -1,31 +1,6 @@
 """The journal in Redis: one Redis Stream a stream, one script an operation.
 
-Every key of a stream carries its hash tag, and no script touches two streams, so that Redis Cluster stays
-open. An entry of the Redis Stream is a frame and its id is the frame's id; everything else is derived:
-
-    <prefix>:{<stream>}:frames     the frames: r run, e event, d data
-    <prefix>:{<stream>}:meta       what stream.lua keeps of it
-    <prefix>:{<stream>}:run:<run>  a run: status, writer, counters, how it ended
-    <prefix>:{<stream>}:runs       every run by the seq before its first frame; `open` those not ended
-    <prefix>:{<stream>}:index      sparse: cumulative data bytes up to a seq, for retention by bytes
-    <prefix>:{<stream>}:undelivered  runs whose end is to be delivered and is not yet, as `runs`
-    <prefix>:{<stream>}:tombstone  the last ms of a deleted stream, which its next life must exceed
-
-Outside the tag, written by separate commands and never trusted without looking at the stream or run, which a
-member "<stream> <run>" names:
-
-    <prefix>:streams               names, for listing
-    <prefix>:token:<token>         stream and run of a resume token
-    <prefix>:owners                processes that may own runs
-    <prefix>:owner:<name>          the lease of one: there while it lives
-    <prefix>:owned:<name>          runs that it may own
-    <prefix>:due                   other runs by when one has to look at them, in ms
-    <prefix>:ended                 the newest ENDED_MAX endings by their ms: "<seq> <stream> <run>"
-    <prefix>:deliveries            runs by when their end is next to be delivered, in ms
-
-and alone, because nothing is derived from it:
-
-    <prefix>:claim:<key>           who holds an idempotency key, and what it led to
+Its keys are those of `relay.journal.redis_keys`.
 
 The indexes of open runs are written before the run is opened. After an ending the run is put into those of
 endings first and only then taken out of the former, so that whatever breaks off in between is found there.
@@ -41,32 +16,25 @@ import asyncio
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 import hiredis
-import msgpack  # type: ignore[import-untyped]
 import orjson
 from redis.exceptions import RedisError
 
 from relay.cursor import Cursor, Extent
 from relay.errors import (
-    Diverged,
-    Fenced,
     InvalidParameter,
     JournalUnavailable,
-    Rewound,
-    RunEnded,
     RunExists,
-    SequenceGap,
     StartupError,
     StreamBusy,
     StreamSealed,
-    UnknownRun,
-    UnknownStream,
+    unknown_run,
+    unknown_stream,
 )
-from relay.frame import Event, Frame, run_started
+from relay.frame import Event, run_started
 from relay.journal import redis_scripts as scripts
 from relay.journal.base import (
     Append,
@@ -97,9 +65,20 @@ from relay.journal.redis_connection import (
     Lane,
     as_journal_error,
     error_names,
-    fetch_info,
     pack,
     parse_info,
+)
+from relay.journal.redis_keys import KNOWN_STREAMS_MAX, Keys, member_of, named_by
+from relay.journal.redis_replies import (
+    frames_of,
+    frames_told,
+    refuse,
+    refuse_errors,
+    run_info,
+    run_state,
+    server_details,
+    stream_info,
+    within,
 )
 from relay.journal.redis_scripts import (
     Script,
@@ -110,14 +89,12 @@ from relay.journal.redis_scripts import (
     packed_ending,
     packed_opening,
 )
+from relay.journal.redis_startup import check_server
 from relay.lifecycle import Ending, Reason, Status, ending
 from relay.limits import Retention
 
 OLDEST_SERVER = (6, 2)
 TOMBSTONE_MS = 24 * 3600 * 1000
-KNOWN_STREAMS_MAX = 10_000
-"""Streams whose keys and largest frame are remembered."""
-
 PAGE_OVERSHOOT = 2
 """A page is read without looking at sizes while it cannot exceed its bytes by more than this factor."""
 
@@ -141,33 +118,6 @@ _EXEC = pack(b"EXEC")
 _POSITION = (b"created", b"earliest", b"last_seq", b"last_ms", b"largest")
 
 
-_make = tuple.__new__
-"""What `Frame()` calls, without the call: a fifth of the time of a long replay."""
-
-
-class _Keys(NamedTuple):
-    frames: bytes
-    meta: bytes
-    byte_index: bytes
-    open: bytes
-    runs: bytes
-    undelivered: bytes
-    tombstone: bytes
-    run_prefix: bytes
-    channel: bytes
-
-    def run(self, run: str) -> bytes:
-        return self.run_prefix + run.encode()
-
-
-class _Names(dict[bytes, str]):
-    """Decodes run and event names; within a page they repeat."""
-
-    def __missing__(self, name: bytes) -> str:
-        text = self[name] = name.decode()
-        return text
-
-
 class RedisJournal:
     """See `relay.journal.base.Journal`. `timeout_s` bounds every wait: for a connection, then for a reply."""
 
@@ -175,7 +125,6 @@ class RedisJournal:
         self._url = url
         self._prefix = prefix
         self._timeout_s = timeout_s
-        self._db = 0
         self._writing: Lane | None = None
         self._reading: Lane | None = None
         self._following: FollowLink | None = None
@@ -184,7 +133,7 @@ class RedisJournal:
         self._owner: RunOwner | None = None
         self._watched: dict[bytes, str] = {}
         self._largest: OrderedDict[str, int] = OrderedDict()
-        self._keys = lru_cache(KNOWN_STREAMS_MAX)(self._make_keys)
+        self._keys = Keys(prefix, 0)
 
     # Starting and stopping.
 
@@ -198,18 +147,17 @@ class RedisJournal:
                 "redis+sentinel://user:password@host:26379,host:26379/service/0."
             ) from None
         self._address = address
-        _check_server(await _ask_server(address, self._timeout_s), address.name)
+        await check_server(address, self._timeout_s)
         self._follower, self._owner = follower, owner
-        self._db = address.db
-        self._keys.cache_clear()
+        self._keys = Keys(self._prefix, address.db)
         self._writing = Lane(address, "write", self._timeout_s)
         self._reading = Lane(address, "read", self._timeout_s)
         self._following = FollowLink(address, self._timeout_s, self._on_message, self._on_subscribed)
-        self._watched = {self._keys(stream).channel: stream for stream in self._watched.values()}
+        self._watched = {self._keys.of(stream).channel: stream for stream in self._watched.values()}
         for channel in self._watched:
             self._following.subscribe(channel)
         if owner is not None:
-            self._following.subscribe(self._owner_channel(owner.name))
+            self._following.subscribe(self._keys.owner_channel(owner.name))
         try:
             await asyncio.gather(self._writing.open(), self._reading.open(), self._following.open())
         except TimeoutError:
@@ -235,14 +183,14 @@ class RedisJournal:
     async def condition(self) -> Condition:
         # Who waits longest is due either first, or last: the pauses after tries that failed grow.
         ends = (
-            pack(command, self._deliveries_key(), 0, WAITING_LOOKED_AT - 1)
+            pack(command, self._keys.deliveries, 0, WAITING_LOOKED_AT - 1)
             for command in (b"ZRANGE", b"ZREVRANGE")
         )
         text, (seconds, micros), first, last = await self._of_each((pack(b"INFO"), pack(b"TIME"), *ends))
         info = parse_info(text)
-        waiting = [_named_by(member) for member in {*first, *last}]
+        waiting = [named_by(member) for member in {*first, *last}]
         ended = await self._of_each(
-            pack(b"HMGET", self._keys(stream).run(run), b"deliver", b"ended_ms") for stream, run in waiting
+            pack(b"HMGET", self._keys.of(stream).run(run), b"deliver", b"ended_ms") for stream, run in waiting
         )
         waiting_since = [int(ms) for delivery, ms in ended if delivery == b"pending" and int(ms)]
         return Condition(
@@ -250,27 +198,13 @@ class RedisJournal:
             version=info.get("valkey_version") or info.get("redis_version", "0"),
             now_ms=int(seconds) * 1000 + int(micros) // 1000,
             waiting_since_ms=min(waiting_since, default=0),
-            details={
-                "server": "valkey" if "valkey_version" in info else "redis",
-                "memory_bytes": _number(info, "used_memory"),
-                "memory_max_bytes": _number(info, "maxmemory"),
-                "memory_policy": info.get("maxmemory_policy"),
-                "evicted_keys": _number(info, "evicted_keys"),
-                "aof": info.get("aof_enabled") == "1",
-                "aof_last_write_ok": info.get("aof_last_write_status", "ok") == "ok",
-                "rdb_last_save_ok": info.get("rdb_last_bgsave_status", "ok") == "ok",
-                "rdb_changes_since_save": _number(info, "rdb_changes_since_last_save"),
-                "rdb_last_save_ms": (_number(info, "rdb_last_save_time") or 0) * 1000,
-                "uptime_s": _number(info, "uptime_in_seconds"),
-                "role": info.get("role"),
-                "replicas": _number(info, "connected_slaves"),
-            },
+            details=server_details(info),
         )
 
     # Streams.
 
     async def put_stream(self, stream: str, retention: Retention, change: StreamChange) -> bool:
-        keys = self._keys(stream)
+        keys = self._keys.of(stream)
         retention_ms = None if change.retention_s is None else change.retention_s * 1000
         arguments: list[str | bytes | int] = [
             b"" if bound is None else bound for bound in (change.max_frames, change.max_bytes, retention_ms)
@@ -290,26 +224,26 @@ class RedisJournal:
         return bool(created)
 
     async def seal(self, stream: str) -> None:
-        keys = self._keys(stream)
+        keys = self._keys.of(stream)
         reply = await self._script(self._writing, scripts.SEAL, (keys.meta,), (keys.channel, _SEALED))
-        _refuse(reply, stream)
+        refuse(reply, stream)
 
     async def trim(self, stream: str, before_seq: int) -> None:
-        _refuse(
-            await self._script(self._writing, scripts.TRIM, self._keys(stream)[:3], (before_seq,)),
+        refuse(
+            await self._script(self._writing, scripts.TRIM, self._keys.of(stream)[:3], (before_seq,)),
             stream,
         )
 
     async def delete(self, stream: str) -> Sequence[str]:
-        keys = self._keys(stream)
-        arguments = (stream, keys.channel, self._owner_channel(""), keys.run_prefix)
+        keys = self._keys.of(stream)
+        arguments = (stream, keys.channel, self._keys.owner_channel(""), keys.run_prefix)
         end = packed_ending(ending(Reason.STREAM_DELETED), {})
         reply = await self._script(self._writing, scripts.DELETE, keys[:7], (*arguments, end, TOMBSTONE_MS))
         self._largest.pop(stream, None)
         gone: list[bytes] = []
         ended = []
         for run, token, owner, was_open in zip(*(reply[at::4] for at in range(4)), strict=True):
-            gone.append(pack(b"UNLINK", self._token_key(token.decode())))
+            gone.append(pack(b"UNLINK", self._keys.token(token.decode())))
             gone += self._off_indexes(stream, run.decode(), owner.decode())
             if was_open:
                 ended.append(run.decode())
@@ -320,9 +254,9 @@ class RedisJournal:
     # Runs.
 
     async def open_run(self, opening: RunOpening) -> Opened:
-        stream, keys = opening.stream, self._keys(opening.stream)
+        stream, keys = opening.stream, self._keys.of(opening.stream)
         metadata = orjson.loads(opening.metadata) if opening.metadata else None
-        arguments: list[str | bytes | int] = [stream, opening.run, keys.channel, self._owner_channel("")]
+        arguments: list[str | bytes | int] = [stream, opening.run, keys.channel, self._keys.owner_channel("")]
         arguments += [_SEALED, packed_opening(opening)]
         arguments.append(run_started(opening.run, opening.dialect or None, metadata))
         arguments.append(opening.if_busy)
@@ -340,7 +274,7 @@ class RedisJournal:
             case b"stream_busy":
                 raise StreamBusy("The stream has an open run.", open_runs=[run.decode() for run in reply[1]])
             case b"unknown_run":
-                raise _unknown_run(reply[1].decode())
+                raise unknown_run(reply[1].decode())
         start, first, last = (
             Cursor(reply[1], reply[2]),
             Cursor(reply[3], reply[4]),
@@ -356,12 +290,12 @@ class RedisJournal:
         return Opened(start, first, last, superseded, reply[6], after)
 
     async def append(self, batch: Append) -> Appended:
-        keys = self._keys(batch.stream)
+        keys = self._keys.of(batch.stream)
         end = batch.ending
         arguments = packed_append(batch, keys.channel)
         reply = await self._script(self._writing, scripts.APPEND, (*keys[:5], keys.run(batch.run)), arguments)
         if reply[0] != b"ok":
-            _refuse(reply, batch.stream, batch.run)
+            refuse(reply, batch.stream, batch.run)
         if reply[6]:
             self._send(self._token_hint(reply[6].decode(), batch.stream, batch.run, reply[7]))
         last = Cursor(reply[1], reply[2])
@@ -370,7 +304,7 @@ class RedisJournal:
         return Appended(last, reply[3], reply[4], reply[5])
 
     async def restore(self, opening: RunOpening, held: Held) -> None:
-        keys = self._keys(opening.stream)
+        keys = self._keys.of(opening.stream)
         arguments: list[str | bytes | int] = [opening.run, keys.channel, *held.first, held.producer_seq]
         arguments += [held.text_bytes, packed_opening(opening)]
         own = {} if held.error_event is None else {"": held.error_event}
@@ -379,100 +313,100 @@ class RedisJournal:
             arguments += event
         command = scripts.RESTORE.call((*keys[:5], keys.run(opening.run), keys.tombstone), arguments)
         *_, reply = await self._together(*self._opening_hints(opening), command)
-        _refuse(reply, opening.stream, opening.run)
+        refuse(reply, opening.stream, opening.run)
         if held.ending is not None:
             await self.file_ending(opening.stream, opening.run)
 
     async def take_over(self, stream: str, run: str, writer: str, idle_timeout_s: float) -> TakenOver:
-        keys = self._keys(stream)
+        keys = self._keys.of(stream)
         idle_ms = in_ms(idle_timeout_s)
-        arguments = (stream, run, self._owner_channel(""), writer, idle_ms)
+        arguments = (stream, run, self._keys.owner_channel(""), writer, idle_ms)
         command = scripts.TAKE_OVER.call((keys.meta, keys.run(run)), arguments)
         _, reply = await self._together(self._due_hint(stream, run, idle_ms), command)
-        _refuse(reply, stream, run)
+        refuse(reply, stream, run)
         if reply[4]:
-            self._send(pack(b"SREM", self._owned_key(reply[4].decode()), _member(stream, run)))
+            self._send(pack(b"SREM", self._keys.owned(reply[4].decode()), member_of(stream, run)))
         return TakenOver(reply[1], Cursor(reply[2], reply[3]))
 
     async def hear_of(self, stream: str, run: str, writer: str) -> RunState:
-        keys = self._keys(stream)
+        keys = self._keys.of(stream)
         reply = await self._script(self._writing, scripts.HEAR_OF, (keys.meta, keys.run(run)), (writer,))
-        return _run_state(_refuse(reply, stream, run)[1:])
+        return run_state(refuse(reply, stream, run)[1:])
 
     async def end_run(
         self, stream: str, run: str, ending: Ending, error_events: Mapping[str, Event], *, owner: str = ""
     ) -> Ended:
-        keys = self._keys(stream)
+        keys = self._keys.of(stream)
         said = packed_ending(ending, error_events)
-        arguments = (stream, run, keys.channel, self._owner_channel(""), said, owner)
+        arguments = (stream, run, keys.channel, self._keys.owner_channel(""), said, owner)
         reply = await self._script(self._writing, scripts.END_RUN, (*keys[:5], keys.run(run)), arguments)
         ended = None if reply[0] != b"ok" else self._ended(stream, run, reply)
         if owner and (ended is None or ended.owner != owner):
             # It was found where it does not belong, and the run does not say who else lists it there.
-            self._send(pack(b"SREM", self._owned_key(owner), _member(stream, run)))
+            self._send(pack(b"SREM", self._keys.owned(owner), member_of(stream, run)))
         if ended is None:
-            _refuse(reply, stream, run)
+            refuse(reply, stream, run)
         assert ended is not None
         return ended
 
     async def run(self, stream: str, run: str) -> RunInfo:
-        keys = self._keys(stream)
+        keys = self._keys.of(stream)
         packed = pack(b"HGETALL", keys.run(run)) + pack(b"EXISTS", keys.meta)
-        flat, stream_exists = _refuse_errors(await _lane(self._reading).submit(packed, 2))
+        flat, stream_exists = refuse_errors(await _lane(self._reading).submit(packed, 2))
         if not stream_exists:
-            raise _unknown_stream(stream)
+            raise unknown_stream(stream)
         if not flat:
-            raise _unknown_run(run)
-        return _run_info(run, flat)
+            raise unknown_run(run)
+        return run_info(run, flat)
 
     async def runs(self, stream: str, after: str, limit: int) -> Sequence[RunInfo]:
-        keys = self._keys(stream)
+        keys = self._keys.of(stream)
         arguments = (after, limit, keys.run_prefix)
         reply = await self._script(self._reading, scripts.RUNS, (keys.meta, keys.runs), arguments)
-        _, *listed = _refuse(reply, stream, after)
+        _, *listed = refuse(reply, stream, after)
         return [
-            _run_info(run.decode(), flat) for run, flat in zip(listed[::2], listed[1::2], strict=True) if flat
+            run_info(run.decode(), flat) for run, flat in zip(listed[::2], listed[1::2], strict=True) if flat
         ]
 
     async def states(self, runs: Sequence[tuple[str, str]]) -> Sequence[RunState | None]:
         fields = (b"status", b"reason", b"writer", b"last_seq", b"last_ms")
         replies = await self._of_each(
-            pack(b"HMGET", self._keys(stream).run(run), *fields) for stream, run in runs
+            pack(b"HMGET", self._keys.of(stream).run(run), *fields) for stream, run in runs
         )
-        return [None if reply[0] is None else _run_state(reply) for reply in replies]
+        return [None if reply[0] is None else run_state(reply) for reply in replies]
 
     # Liveness.
 
     async def renew(self, owner: str, lease_s: float) -> Renewal:
-        lease = pack(b"SET", self._owner_key(owner), b"1", b"PX", max(1, in_ms(lease_s)), b"GET")
-        listing = pack(b"SADD", self._owners_key(), owner)
+        lease = pack(b"SET", self._keys.owner(owner), b"1", b"PX", max(1, in_ms(lease_s)), b"GET")
+        listing = pack(b"SADD", self._keys.owners, owner)
         before, (seconds, micros), _ = await self._together(lease, pack(b"TIME"), listing)
         return Renewal(before is not None, int(seconds) * 1000 + int(micros) // 1000)
 
     async def resign(self, owner: str) -> None:
-        _refuse_errors([await _lane(self._writing).submit(pack(b"UNLINK", self._owner_key(owner)))])
+        refuse_errors([await _lane(self._writing).submit(pack(b"UNLINK", self._keys.owner(owner)))])
 
     async def lapsed_owners(self) -> Sequence[str]:
         names = await self._owners()
-        leases = await self._of_each(pack(b"EXISTS", self._owner_key(name)) for name in names)
+        leases = await self._of_each(pack(b"EXISTS", self._keys.owner(name)) for name in names)
         return [name for name, held in zip(names, leases, strict=True) if not held]
 
     async def owned(self, owner: str, limit: int) -> Sequence[tuple[str, str]]:
-        owned_key, owners_key = self._owned_key(owner), self._owners_key()
+        owned_key, owners_key = self._keys.owned(owner), self._keys.owners
         members, alive = await self._together(
-            pack(b"SRANDMEMBER", owned_key, limit), pack(b"EXISTS", self._owner_key(owner))
+            pack(b"SRANDMEMBER", owned_key, limit), pack(b"EXISTS", self._keys.owner(owner))
         )
         if not members and not alive:
             # Nobody needs to look here again; unless it came to own a run just now, after all.
             forget, count = pack(b"SREM", owners_key, owner), pack(b"SCARD", owned_key)
             _, came = await self._together(forget, count)
             if came:
-                _refuse_errors([await _lane(self._writing).submit(pack(b"SADD", owners_key, owner))])
-        return [_named_by(member) for member in members]
+                refuse_errors([await _lane(self._writing).submit(pack(b"SADD", owners_key, owner))])
+        return [named_by(member) for member in members]
 
     async def due_runs(self, limit: int) -> Sequence[tuple[str, str]]:
-        members = await self._script(self._reading, scripts.TAKE_DUE, (self._due_key(),), (limit, 0))
-        return [_named_by(member) for member in members]
+        members = await self._script(self._reading, scripts.TAKE_DUE, (self._keys.due,), (limit, 0))
+        return [named_by(member) for member in members]
 
     async def end_due(
         self,
@@ -481,38 +415,38 @@ class RedisJournal:
         reachable_since_ms: int,
         error_events: Mapping[Reason, Mapping[str, Event]],
     ) -> Ended | None:
-        keys = self._keys(stream)
-        arguments: list[str | bytes | int] = [stream, run, keys.channel, self._owner_channel("")]
+        keys = self._keys.of(stream)
+        arguments: list[str | bytes | int] = [stream, run, keys.channel, self._keys.owner_channel("")]
         arguments.append(reachable_since_ms)
         reasons = (Reason.IDLE_TIMEOUT, Reason.MAX_RUN)
         arguments += (packed_ending(ending(reason), error_events.get(reason, {})) for reason in reasons)
         arguments.append(LOOKED_AT_MS)
         reply = await self._script(self._writing, scripts.END_DUE, (*keys[:5], keys.run(run)), arguments)
-        lane, member = _lane(self._writing), _member(stream, run)
+        lane, member = _lane(self._writing), member_of(stream, run)
         match reply[0]:
             case b"ended":
                 ended = self._ended(stream, run, reply)
                 return ended if ended.by_this else None
             case b"due_at":
-                packed = pack(b"ZADD", self._due_key(), reply[1], member)
+                packed = pack(b"ZADD", self._keys.due, reply[1], member)
             case _:
-                packed = pack(b"ZREM", self._due_key(), member)
-        _refuse_errors([await lane.submit(packed)])
+                packed = pack(b"ZREM", self._keys.due, member)
+        refuse_errors([await lane.submit(packed)])
         return None
 
     async def file_ending(self, stream: str, run: str) -> None:
         fields = (b"status", b"last_seq", b"last_ms", b"deliver")
-        held = await _lane(self._writing).submit(pack(b"HMGET", self._keys(stream).run(run), *fields))
-        status, seq, ms, delivery = _refuse_errors(held)
+        held = await _lane(self._writing).submit(pack(b"HMGET", self._keys.of(stream).run(run), *fields))
+        status, seq, ms, delivery = refuse_errors(held)
         if status == b"open":
             return
-        member = _member(stream, run)
+        member = member_of(stream, run)
         if status is not None:
             await self._together(*self._onto_endings(stream, run, Cursor(int(seq), int(ms)), delivery))
         # Where it is listed besides its own owner is not known: an owner may have been another's before.
-        lists = [self._owned_key(name) for name in await self._owners()]
+        lists = [self._keys.owned(name) for name in await self._owners()]
         await self._together(
-            pack(b"ZREM", self._due_key(), member), *(pack(b"SREM", key, member) for key in lists)
+            pack(b"ZREM", self._keys.due, member), *(pack(b"SREM", key, member) for key in lists)
         )
 
     async def reindex(self, after: str, limit: int) -> str:
@@ -533,10 +467,10 @@ class RedisJournal:
         gone: list[bytes] = []
         while len(found) < limit:
             packed = pack(
-                *(b"ZRANGEBYSCORE", self._ended_key(), from_ms, b"+inf", b"WITHSCORES"),
+                *(b"ZRANGEBYSCORE", self._keys.ended, from_ms, b"+inf", b"WITHSCORES"),
                 *(b"LIMIT", skipped, max(limit, 100)),
             )
-            (flat,) = _refuse_errors([await _lane(self._reading).submit(packed)])
+            (flat,) = refuse_errors([await _lane(self._reading).submit(packed)])
             if not flat:
                 break
             skipped += len(flat) // 2
@@ -550,17 +484,17 @@ class RedisJournal:
                 found += await self._ended_infos(listed[:wanted], gone)
                 del listed[:wanted]
         # Only now: what is taken off lets those behind it move up, to where they would have been skipped.
-        self._send(*(pack(b"ZREM", self._ended_key(), member) for member in gone))
+        self._send(*(pack(b"ZREM", self._keys.ended, member) for member in gone))
         return found
 
     # Delivery of endings.
 
     async def claim_deliveries(self, limit: int, lease_s: float) -> Sequence[Delivery]:
         leased = (limit, max(1, in_ms(lease_s)))
-        members = await self._script(self._writing, scripts.TAKE_DUE, (self._deliveries_key(),), leased)
-        claimed = [_named_by(member) for member in members]
+        members = await self._script(self._writing, scripts.TAKE_DUE, (self._keys.deliveries,), leased)
+        claimed = [named_by(member) for member in members]
         held = await self._of_each(
-            pack(b"HMGET", self._keys(stream).run(run), b"deliver", b"status", b"tries")
+            pack(b"HMGET", self._keys.of(stream).run(run), b"deliver", b"status", b"tries")
             for stream, run in claimed
         )
         deliveries = []
@@ -568,26 +502,28 @@ class RedisJournal:
             if delivery == b"pending" and status != b"open":
                 deliveries.append(Delivery(stream, run, int(tries or 0)))
             else:
-                self._send(pack(b"ZREM", self._deliveries_key(), _member(stream, run)))
+                self._send(pack(b"ZREM", self._keys.deliveries, member_of(stream, run)))
         return deliveries
 
     async def settle_delivery(self, stream: str, run: str) -> None:
-        keys = self._keys(stream)
+        keys = self._keys.of(stream)
         settled = (keys.frames, keys.meta, keys.byte_index, keys.undelivered, keys.run(run))
         # The run first: its place in the index is looked at again as long as it is there.
         await self._script(self._writing, scripts.SETTLE_DELIVERY, settled, (run,))
-        dropped = pack(b"ZREM", self._deliveries_key(), _member(stream, run))
-        _refuse_errors([await _lane(self._writing).submit(dropped)])
+        dropped = pack(b"ZREM", self._keys.deliveries, member_of(stream, run))
+        refuse_errors([await _lane(self._writing).submit(dropped)])
 
     async def postpone_delivery(self, stream: str, run: str, delay_s: float) -> None:
-        if await self._script(self._writing, scripts.POSTPONE_DELIVERY, (self._keys(stream).run(run),), ()):
-            later = (_member(stream, run), in_ms(delay_s), b"CH")
-            await self._script(self._writing, scripts.DUE_IN, (self._deliveries_key(),), later)
+        if await self._script(
+            self._writing, scripts.POSTPONE_DELIVERY, (self._keys.of(stream).run(run),), ()
+        ):
+            later = (member_of(stream, run), in_ms(delay_s), b"CH")
+            await self._script(self._writing, scripts.DUE_IN, (self._keys.deliveries,), later)
 
     # Reading.
 
     async def read(self, stream: str, after: Cursor, max_frames: int, max_bytes: int) -> Page:
-        keys = self._keys(stream)
+        keys = self._keys.of(stream)
         wanted = max_frames + 1 if after.seq else max_frames
         largest = self._largest.get(stream)
         if largest is not None and largest * max_frames <= max_bytes * PAGE_OVERSHOOT:
@@ -598,7 +534,7 @@ class RedisJournal:
                 + _EXEC
             )
             replies = await _lane(self._reading).submit(packed, 4)
-            position, entries = _refuse_errors(_refuse_errors(replies)[3])
+            position, entries = refuse_errors(refuse_errors(replies)[3])
         else:
             position, entries = await self._script(
                 self._reading,
@@ -608,7 +544,7 @@ class RedisJournal:
             )
         if position[0] is None:
             self._largest.pop(stream, None)
-            raise _unknown_stream(stream)
+            raise unknown_stream(stream)
         created, earliest, last_seq, last_ms, largest = map(int, position)
         self._remember_largest(stream, largest)
 
@@ -618,9 +554,9 @@ class RedisJournal:
             if int(seq) == after.seq:
                 anchor_ms = int(ms)
                 del entries[0]
-        frames = _frames(entries[:max_frames] if len(entries) > max_frames else entries)
+        frames = frames_of(entries[:max_frames] if len(entries) > max_frames else entries)
         if largest * len(frames) > max_bytes:
-            frames = _within(frames, max_bytes)
+            frames = within(frames, max_bytes)
         if frames and frames[0].seq > max(after.seq + 1, earliest):
             earliest = frames[0].seq  # trimmed by somebody else's hand
         more = bool(frames) and frames[-1].seq < last_seq
@@ -629,7 +565,7 @@ class RedisJournal:
     async def describe(self, stream: str) -> StreamInfo:
         info = await self._describe(stream)
         if info is None:
-            raise _unknown_stream(stream)
+            raise unknown_stream(stream)
         return info
 
     async def streams(self, after: str, limit: int) -> Sequence[StreamInfo]:
@@ -646,7 +582,8 @@ class RedisJournal:
 
     async def tops(self, streams: Sequence[str]) -> Mapping[str, StreamTop]:
         replies = await self._of_each(
-            pack(b"HMGET", self._keys(stream).meta, b"last_seq", b"last_ms", b"sealed") for stream in streams
+            pack(b"HMGET", self._keys.of(stream).meta, b"last_seq", b"last_ms", b"sealed")
+            for stream in streams
         )
         return {
             stream: StreamTop(Cursor(int(seq), int(ms)), sealed == b"1")
@@ -655,31 +592,31 @@ class RedisJournal:
         }
 
     async def resolve_token(self, token: str) -> tuple[str, str] | None:
-        (held,) = _refuse_errors([await _lane(self._reading).submit(pack(b"GET", self._token_key(token)))])
+        (held,) = refuse_errors([await _lane(self._reading).submit(pack(b"GET", self._keys.token(token)))])
         if held is None:
             return None
         stream, _, run = held.decode().partition(" ")
-        packed = pack(b"HGET", self._keys(stream).run_prefix + run.encode(), b"token")
-        (of_run,) = _refuse_errors([await _lane(self._reading).submit(packed)])
+        packed = pack(b"HGET", self._keys.of(stream).run_prefix + run.encode(), b"token")
+        (of_run,) = refuse_errors([await _lane(self._reading).submit(packed)])
         return (stream, run) if of_run == token.encode() else None
 
     # Following.
 
     def watch(self, stream: str) -> None:
-        channel = self._keys(stream).channel
+        channel = self._keys.of(stream).channel
         self._watched[channel] = stream
         if self._following is not None:
             self._following.subscribe(channel)
 
     def unwatch(self, stream: str) -> None:
-        channel = self._keys(stream).channel
+        channel = self._keys.of(stream).channel
         self._watched.pop(channel, None)
         if self._following is not None:
             self._following.unsubscribe(channel)
 
     async def watchers(self, stream: str) -> int:
-        packed = pack(b"PUBSUB", b"NUMSUB", self._keys(stream).channel)
-        ((_, count),) = _refuse_errors([await _lane(self._reading).submit(packed)])
+        packed = pack(b"PUBSUB", b"NUMSUB", self._keys.of(stream).channel)
+        ((_, count),) = refuse_errors([await _lane(self._reading).submit(packed)])
         return int(count)
 
     def _on_subscribed(self, channel: bytes) -> None:
@@ -690,8 +627,8 @@ class RedisJournal:
     def _on_message(self, channel: bytes, payload: bytes) -> None:
         stream = self._watched.get(channel)
         if stream is None or self._follower is None:
-            if self._owner is not None and channel == self._owner_channel(self._owner.name):
-                self._owner.on_run_over(*_named_by(payload))
+            if self._owner is not None and channel == self._keys.owner_channel(self._owner.name):
+                self._owner.on_run_over(*named_by(payload))
             return
         if not payload:
             self._largest.pop(stream, None)
@@ -700,28 +637,22 @@ class RedisJournal:
         if payload == _SEALED:
             self._follower.on_sealed(stream)
             return
-        previous_seq, previous_ms, ms, *flat = msgpack.unpackb(payload, raw=True)
-        names = _Names()
-        frames = [
-            _make(Frame, (seq, ms, names[flat[at]], names[flat[at + 1]], flat[at + 2]))
-            for seq, at in enumerate(range(0, len(flat), 3), previous_seq + 1)
-        ]
-        self._follower.on_frames(stream, Cursor(previous_seq, previous_ms), frames)
+        self._follower.on_frames(stream, *frames_told(payload))
 
     # Idempotency keys.
 
     async def claim(self, key: str, body_digest: str, owner: str, lease_s: float, keep_s: float) -> Claim:
         durations = (round(lease_s * 1000), round(keep_s * 1000))
         reply = await self._script(
-            self._writing, scripts.CLAIM, (self._claim_key(key),), (body_digest, owner, *durations)
+            self._writing, scripts.CLAIM, (self._keys.claim(key),), (body_digest, owner, *durations)
         )
         return Claim(*(part.decode() for part in reply))
 
     async def settle(self, key: str, owner: str, stream: str, run: str) -> None:
-        await self._script(self._writing, scripts.SETTLE, (self._claim_key(key),), (owner, stream, run))
+        await self._script(self._writing, scripts.SETTLE, (self._keys.claim(key),), (owner, stream, run))
 
     async def release(self, key: str, owner: str) -> None:
-        await self._script(self._writing, scripts.RELEASE, (self._claim_key(key),), (owner,))
+        await self._script(self._writing, scripts.RELEASE, (self._keys.claim(key),), (owner,))
 
     # What the operations are made of.
 
@@ -741,27 +672,11 @@ class RedisJournal:
         return reply
 
     async def _describe(self, stream: str) -> StreamInfo | None:
-        keys = self._keys(stream)
+        keys = self._keys.of(stream)
         reply = await self._script(self._reading, scripts.DESCRIBE, (keys.meta, keys.open, keys.runs), ())
         if not reply:
             return None
-        held = _fields(reply[0])
-        top = Cursor(int(held["last_seq"]), int(held["last_ms"]))
-        return StreamInfo(
-            stream=stream,
-            extent=Extent(int(held["created"]), int(held["earliest"]), top),
-            sealed=held["sealed"] == "1",
-            open_runs=[run.decode() for run in reply[1]],
-            latest_run=held["latest_run"],
-            last_data=int(held["last_data"]),
-            runs=reply[2],
-            bytes_held=int(held["bytes"]) - int(held["trimmed"]),
-            retention=Retention(
-                int(held["max_frames"]), int(held["max_bytes"]), int(held["retention_ms"]) // 1000
-            ),
-            metadata=held["metadata"],
-            active_ms=max(top.ms, int(held["created"])),
-        )
+        return stream_info(stream, reply)
 
     async def _together(self, *parts: bytes | ScriptCommand) -> Sequence[Any]:
         """Several commands in one write; their replies. All of them are sent again when one is a script that
@@ -773,7 +688,7 @@ class RedisJournal:
         if any(_needs_script(reply) for reply in replies):
             packed = (part if isinstance(part, bytes) else part.by_text for part in parts)
             replies = await lane.submit(b"".join(packed), len(parts))
-        return _refuse_errors(replies)  # type: ignore[no-any-return]
+        return refuse_errors(replies)  # type: ignore[no-any-return]
 
     async def _of_each(self, commands: Iterable[bytes]) -> Sequence[Any]:
         """The replies to any number of commands that read."""
@@ -781,7 +696,7 @@ class RedisJournal:
         if not packed:
             return ()
         replies = await _lane(self._reading).submit(b"".join(packed), len(packed))
-        return _refuse_errors(replies if len(packed) > 1 else [replies])  # type: ignore[no-any-return]
+        return refuse_errors(replies if len(packed) > 1 else [replies])  # type: ignore[no-any-return]
 
     def _send(self, *commands: bytes) -> asyncio.Future[Any] | None:
         """Commands whose answer nobody waits for, and whose failure is of no consequence."""
@@ -803,8 +718,8 @@ class RedisJournal:
         hints.append(self._token_hint(opening.token, stream, run, opening.retention.retention_s * 1000))
         if opening.owner:
             # In this order: who sees no run of an owner takes it off the owners.
-            hints.append(pack(b"SADD", self._owned_key(opening.owner), _member(stream, run)))
-            hints.append(pack(b"SADD", self._owners_key(), opening.owner))
+            hints.append(pack(b"SADD", self._keys.owned(opening.owner), member_of(stream, run)))
+            hints.append(pack(b"SADD", self._keys.owners, opening.owner))
         else:
             bounds = [ms for ms in (in_ms(opening.idle_timeout_s), in_ms(opening.max_run_s)) if ms]
             hints.append(self._due_hint(stream, run, min(bounds, default=0)))
@@ -812,7 +727,7 @@ class RedisJournal:
 
     def _due_hint(self, stream: str, run: str, in_ms: int) -> ScriptCommand:
         delay_ms = min(in_ms, LOOKED_AT_MS) if in_ms else LOOKED_AT_MS
-        return scripts.DUE_IN.call((self._due_key(),), (_member(stream, run), delay_ms, b"LT"))
+        return scripts.DUE_IN.call((self._keys.due,), (member_of(stream, run), delay_ms, b"LT"))
 
     def _ended(self, stream: str, run: str, reply: Sequence[Any]) -> Ended:
         """What a script says of an ending, which is filed whoever brought it about."""
@@ -838,27 +753,27 @@ class RedisJournal:
             filed.add_done_callback(then)
 
     def _onto_endings(self, stream: str, run: str, last: Cursor, delivery: bytes) -> list[bytes]:
-        member = _member(stream, run)
+        member = member_of(stream, run)
         # What ended in one ms is sorted by seq, so that a stream's endings are in their order.
-        commands = [pack(b"ZADD", self._ended_key(), last.ms, f"{last.seq:020d} {member}")]
-        commands.append(pack(b"ZREMRANGEBYRANK", self._ended_key(), 0, -1 - ENDED_MAX))
+        commands = [pack(b"ZADD", self._keys.ended, last.ms, f"{last.seq:020d} {member}")]
+        commands.append(pack(b"ZREMRANGEBYRANK", self._keys.ended, 0, -1 - ENDED_MAX))
         if delivery == b"pending":
-            commands.append(pack(b"ZADD", self._deliveries_key(), b"NX", last.ms, member))
+            commands.append(pack(b"ZADD", self._keys.deliveries, b"NX", last.ms, member))
         return commands
 
     def _off_indexes(self, stream: str, run: str, owner: str) -> list[bytes]:
-        member = _member(stream, run)
-        commands = [pack(b"ZREM", self._due_key(), member)]
+        member = member_of(stream, run)
+        commands = [pack(b"ZREM", self._keys.due, member)]
         if owner:
-            commands.append(pack(b"SREM", self._owned_key(owner), member))
+            commands.append(pack(b"SREM", self._keys.owned(owner), member))
         return commands
 
     async def _owners(self) -> list[str]:
-        (names,) = _refuse_errors([await _lane(self._writing).submit(pack(b"SMEMBERS", self._owners_key()))])
+        (names,) = refuse_errors([await _lane(self._writing).submit(pack(b"SMEMBERS", self._keys.owners))])
         return [name.decode() for name in names]
 
     async def _reindex(self, stream: str) -> None:
-        keys = self._keys(stream)
+        keys = self._keys.of(stream)
         exists, open_runs, undelivered = await self._of_each(
             (
                 pack(b"EXISTS", keys.meta),
@@ -875,16 +790,16 @@ class RedisJournal:
         )
         hints: list[bytes] = []
         for run, (status, owner, seq, ms, delivery) in zip(runs, held, strict=True):
-            member = _member(stream, run)
+            member = member_of(stream, run)
             if status is None:
                 continue
             if status != b"open":
                 hints += self._onto_endings(stream, run, Cursor(int(seq), int(ms)), delivery)
             elif owner:
-                hints.append(pack(b"SADD", self._owned_key(owner.decode()), member))
-                hints.append(pack(b"SADD", self._owners_key(), owner))
+                hints.append(pack(b"SADD", self._keys.owned(owner.decode()), member))
+                hints.append(pack(b"SADD", self._keys.owners, owner))
             else:  # who looks at it finds out when it is due
-                hints.append(pack(b"ZADD", self._due_key(), b"NX", 0, member))
+                hints.append(pack(b"ZADD", self._keys.due, b"NX", 0, member))
         if hints:
             await self._together(*hints)
 
@@ -892,81 +807,42 @@ class RedisJournal:
         self, listed: Sequence[tuple[int, bytes]], gone: list[bytes]
     ) -> Sequence[EndedRun]:
         """Of members of the listing of endings; those whose stream is gone come into `gone`."""
-        names = [_named_by(member.partition(b" ")[2]) for _, member in listed]
-        held = await self._of_each(pack(b"HGETALL", self._keys(stream).run(run)) for stream, run in names)
+        names = [named_by(member.partition(b" ")[2]) for _, member in listed]
+        held = await self._of_each(pack(b"HGETALL", self._keys.of(stream).run(run)) for stream, run in names)
         found = []
         for (ms, member), (stream, run), flat in zip(listed, names, held, strict=True):
             if flat:
-                found.append(EndedRun(f"{ms} {member.decode()}", stream, _run_info(run, flat)))
+                found.append(EndedRun(f"{ms} {member.decode()}", stream, run_info(run, flat)))
             else:
                 gone.append(member)
         return found
 
     async def _listed(self, after: str, limit: int) -> list[str]:
         start = b"(" + after.encode() if after else b"-"
-        packed = pack(b"ZRANGEBYLEX", self._streams_key(), start, b"+", b"LIMIT", 0, limit)
-        (names,) = _refuse_errors([await _lane(self._reading).submit(packed)])
+        packed = pack(b"ZRANGEBYLEX", self._keys.streams, start, b"+", b"LIMIT", 0, limit)
+        (names,) = refuse_errors([await _lane(self._reading).submit(packed)])
         return [name.decode() for name in names]
 
     async def _forget(self, streams: Sequence[str]) -> None:
         """Take streams that are gone off the listing, and put one back that came to be meanwhile."""
         for stream in streams:
-            packed = pack(b"ZREM", self._streams_key(), stream) + pack(b"EXISTS", self._keys(stream).meta)
-            _, exists = _refuse_errors(await _lane(self._writing).submit(packed, 2))
+            packed = pack(b"ZREM", self._keys.streams, stream) + pack(b"EXISTS", self._keys.of(stream).meta)
+            _, exists = refuse_errors(await _lane(self._writing).submit(packed, 2))
             if exists:
-                _refuse_errors([await _lane(self._writing).submit(self._listing(stream))])
+                refuse_errors([await _lane(self._writing).submit(self._listing(stream))])
 
     def _token_hint(self, token: str, stream: str, run: str, retention_ms: int) -> bytes:
         expiry: tuple[bytes | int, ...] = (b"PX", retention_ms * 11 // 10) if retention_ms else ()
-        return pack(b"SET", self._token_key(token), f"{stream} {run}", *expiry)
+        return pack(b"SET", self._keys.token(token), f"{stream} {run}", *expiry)
 
     def _listing(self, stream: str) -> bytes:
-        return pack(b"ZADD", self._streams_key(), 0, stream)
+        return pack(b"ZADD", self._keys.streams, 0, stream)
 
     def _remember_largest(self, stream: str, largest: int) -> None:
         self._largest[stream] = largest
         self._largest.move_to_end(stream)
         if len(self._largest) > KNOWN_STREAMS_MAX:
             self._largest.popitem(last=False)
-
-    def _make_keys(self, stream: str) -> _Keys:
-        base = f"{self._prefix}:{{{stream}}}"
-        names = ("frames", "meta", "index", "open", "runs", "undelivered", "tombstone", "run:")
-        channel = f"{self._prefix}:{self._db}:follow:{{{stream}}}"
-        return _Keys._make([*(f"{base}:{name}".encode() for name in names), channel.encode()])
-
-    def _owner_channel(self, owner: str) -> bytes:
-        return f"{self._prefix}:{self._db}:owner:{owner}".encode()
-
-    def _streams_key(self) -> bytes:
-        return f"{self._prefix}:streams".encode()
-
-    def _owners_key(self) -> bytes:
-        return f"{self._prefix}:owners".encode()
-
-    def _owner_key(self, owner: str) -> bytes:
-        return f"{self._prefix}:owner:{owner}".encode()
-
-    def _owned_key(self, owner: str) -> bytes:
-        return f"{self._prefix}:owned:{owner}".encode()
-
-    def _due_key(self) -> bytes:
-        return f"{self._prefix}:due".encode()
-
-    def _ended_key(self) -> bytes:
-        return f"{self._prefix}:ended".encode()
-
-    def _deliveries_key(self) -> bytes:
-        return f"{self._prefix}:deliveries".encode()
-
-    def _token_key(self, token: str) -> bytes:
-        return f"{self._prefix}:token:{token}".encode()
-
-    def _claim_key(self, key: str) -> bytes:
-        return f"{self._prefix}:claim:{key}".encode()
-
-
-# Replies.
 
 
 def _lane(lane: Lane | None) -> Lane:
@@ -977,158 +853,3 @@ def _lane(lane: Lane | None) -> Lane:
 
 def _needs_script(reply: Any) -> bool:
     return isinstance(reply, hiredis.ReplyError) and error_names(reply, "NOSCRIPT")
-
-
-def _refuse_errors(replies: Any) -> Any:
-    """The replies unchanged; raises the journal error of the first that is an error."""
-    if isinstance(replies, hiredis.ReplyError):
-        raise as_journal_error(replies)
-    for reply in replies:
-        if isinstance(reply, hiredis.ReplyError):
-            raise as_journal_error(reply)
-    return replies
-
-
-def _refuse(reply: Any, stream: str, run: str = "") -> Any:
-    """The reply of a script unchanged if it begins with `ok`; else raises what it says instead."""
-    match reply[0]:
-        case b"ok":
-            return reply
-        case b"unknown_stream":
-            raise _unknown_stream(stream)
-        case b"unknown_run":
-            raise _unknown_run(run)
-        case b"fenced":
-            raise Fenced("The writer token is not the run's, or no longer.")
-        case b"sequence_gap":
-            raise SequenceGap(f"The run expects frame {reply[1]} next.", expected=reply[1])
-        case b"rewound":
-            raise Rewound(f"The journal has lost frames after {reply[1]}.", last_seq=reply[1])
-        case b"diverged":
-            raise Diverged("The journal holds other frames in their place.", last_seq=reply[1])
-    assert reply[0] == b"run_ended", reply
-    status, reason = reply[1].decode(), reply[2].decode()
-    raise RunEnded(f"The run has ended: {status}, {reason}.", run_status=status, reason=reason)
-
-
-def _run_info(run: str, flat: Sequence[bytes]) -> RunInfo:
-    held = _fields(flat)
-    last = Cursor(int(held["last_seq"]), int(held["last_ms"]))
-    return RunInfo(
-        run=run,
-        status=Status(held["status"]),
-        start=Cursor(int(held["start_seq"]), int(held["start_ms"])),
-        last=last,
-        last_data=int(held["last_data"]),
-        frames=int(held["frames"]),
-        text_bytes=int(held["text_bytes"]),
-        started_ms=int(held["first_ms"]),
-        ended_ms=int(held["ended_ms"]),
-        reason=held["reason"],
-        error=held["error"],
-        dialect=held["dialect"],
-        metadata=held["metadata"],
-        answer=held["answer"],
-        token=held["token"],
-        owner=held["owner"],
-        idle_timeout_s=int(held["idle_ms"]) / 1000,
-        heard_ms=max(last.ms, int(held["heard_ms"])),
-        superseded_by=held.get("superseded_by", ""),
-    )
-
-
-def _run_state(values: Sequence[bytes]) -> RunState:
-    status, reason, writer, seq, ms = values
-    return RunState(Status(status.decode()), reason.decode(), writer.decode(), Cursor(int(seq), int(ms)))
-
-
-def _number(info: Mapping[str, str], name: str) -> int | None:
-    text = info.get(name, "")
-    return int(text) if text.isdigit() else None
-
-
-def _fields(flat: Sequence[bytes]) -> dict[str, str]:
-    texts = [text.decode() for text in flat]
-    return dict(zip(texts[::2], texts[1::2], strict=True))
-
-
-def _frames(entries: Sequence[Any]) -> list[Frame]:
-    names = _Names()
-    frames = []
-    for entry_id, (_, run, _, event, _, data) in entries:
-        seq, _, ms = entry_id.partition(b"-")
-        frames.append(_make(Frame, (int(seq), int(ms), names[run], names[event], data)))
-    return frames
-
-
-def _within(frames: list[Frame], max_bytes: int) -> list[Frame]:
-    """The first frames until their data reaches `max_bytes`; the one that reaches it is part."""
-    size = 0
-    for count, frame in enumerate(frames, 1):
-        size += len(frame.data)
-        if size >= max_bytes:
-            return frames[:count]
-    return frames
-
-
-def _unknown_stream(stream: str) -> UnknownStream:
-    return UnknownStream(f"There is no stream '{stream}'.")
-
-
-def _unknown_run(run: str) -> UnknownRun:
-    return UnknownRun(f"The stream has no run '{run}'.")
-
-
-# Arguments.
-
-
-def _member(stream: str, run: str) -> str:
-    return f"{stream} {run}"
-
-
-def _named_by(member: bytes) -> tuple[str, str]:
-    stream, _, run = member.decode().partition(" ")
-    return stream, run
-
-
-# Starting.
-
-
-_NOT_LET_IN = ("NOAUTH", "WRONGPASS", "NOPERM", "uthentication", "no permissions", "invalid username")
-
-
-async def _ask_server(address: Address, timeout_s: float) -> dict[str, str]:
-    try:
-        return await fetch_info(address, timeout_s)
-    except (RedisError, OSError, TimeoutError) as error:
-        text = (str(error) or "no answer in time").rstrip(".")
-        if isinstance(error, RedisError) and any(sign in text for sign in _NOT_LET_IN):
-            raise StartupError(
-                f"Redis at {address.name} does not let us in: {text}. Put the user and password into the URL "
-                "(redis://user:password@host:6379/0), and let the user run INFO, EVAL and the data commands."
-            ) from None
-        raise StartupError(
-            f"Redis at {address.name} cannot be reached: {text}. Check host, port and TLS (rediss://), "
-            "or use --journal sqlite:///path/to/relay.db."
-        ) from None
-
-
-def _check_server(info: Mapping[str, str], name: str) -> None:
-    version = info.get("redis_version", "0")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
-        raise StartupError(f"Redis at {name} is {version}; relay needs 6.2 or newer, or Valkey.")
-    if info.get("cluster_enabled") == "1":
-        raise StartupError(
-            f"Redis at {name} runs in cluster mode, which relay does not speak yet. "
-            "Give it a single primary, with replicas or Sentinel."
-        )
-    if info.get("role") == "slave":
-        raise StartupError(
-            f"Redis at {name} is a replica and takes no writes. Give the address of its primary."
-        )
-    policy = info.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
-        raise StartupError(
-            f"Redis at {name} may evict keys (maxmemory-policy {policy}): accepted frames could "
-            "vanish. Set maxmemory-policy to noeviction, or give relay a Redis of its own."
-        )

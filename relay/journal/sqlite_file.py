@@ -18,8 +18,6 @@ from relay.errors import (
     JournalRefused,
     JournalUnavailable,
     StartupError,
-    UnknownRun,
-    UnknownStream,
 )
 from relay.journal.base import (
     RunInfo,
@@ -302,14 +300,6 @@ class Stream:
 
 def to_ms(seconds: float) -> int:
     return round(seconds * 1000)
-
-
-def no_stream(name: str) -> UnknownStream:
-    return UnknownStream(f"There is no stream '{name}'.")
-
-
-def no_run(name: str) -> UnknownRun:
-    return UnknownRun(f"The stream has no run '{name}'.")
 
 
 def journal_error(error: BaseException) -> JournalError | None:

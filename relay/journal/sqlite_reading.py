@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from relay.cursor import ORIGIN, Cursor
-from relay.errors import InvalidParameter
+from relay.errors import InvalidParameter, unknown_run, unknown_stream
 from relay.frame import Frame
 from relay.journal.base import (
     Condition,
@@ -33,8 +33,6 @@ from relay.journal.sqlite_file import (
     Stream,
     connect,
     journal_error,
-    no_run,
-    no_stream,
 )
 from relay.lifecycle import Status
 
@@ -89,7 +87,7 @@ def _known_stream(db: sqlite3.Connection, now: int, name: str) -> Stream:
         f"SELECT {STREAM_COLUMNS} FROM streams WHERE name = :name AND {LIVE}", {"name": name, "now": now}
     ).fetchone()
     if row is None:
-        raise no_stream(name)
+        raise unknown_stream(name)
     return Stream(*row)
 
 
@@ -141,7 +139,7 @@ def describe(db: sqlite3.Connection, now: int, name: str) -> StreamInfo:
     """See `Journal.describe`."""
     found = _stream_infos(db, "name = :name", {"name": name, "now": now})
     if not found:
-        raise no_stream(name)
+        raise unknown_stream(name)
     return found[0]
 
 
@@ -168,7 +166,7 @@ def read_run(db: sqlite3.Connection, now: int, stream_name: str, name: str) -> R
         f"{_SELECT_RUN_INFOS} WHERE stream_id = ? AND runs.name = ?", (stream.id, name)
     ).fetchone()
     if row is None:
-        raise no_run(name)
+        raise unknown_run(name)
     return _run_info(row)
 
 
@@ -181,7 +179,7 @@ def list_runs(db: sqlite3.Connection, now: int, stream_name: str, after: str, li
             "SELECT id FROM runs WHERE stream_id = ? AND name = ?", (stream.id, after)
         ).fetchone()
         if row is None:
-            raise no_run(after)
+            raise unknown_run(after)
         (after_id,) = row
     rows = db.execute(
         f"{_SELECT_RUN_INFOS} WHERE stream_id = ? AND runs.id > ? ORDER BY runs.id LIMIT ?",

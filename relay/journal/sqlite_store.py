@@ -35,6 +35,8 @@ from relay.errors import (
     StreamSealed,
     UnknownRun,
     UnknownStream,
+    unknown_run,
+    unknown_stream,
 )
 from relay.frame import CONTROL_EVENT, Event, Frame, run_ended, run_started, run_superseded
 from relay.journal.base import (
@@ -65,8 +67,6 @@ from relay.journal.sqlite_file import (
     Run,
     Stream,
     journal_error,
-    no_run,
-    no_stream,
     to_ms,
 )
 from relay.journal.sqlite_reading import open_runs
@@ -341,9 +341,9 @@ class Store:
         if last < batch.acknowledged:
             raise Rewound("The journal has less of the run than it had accepted.", last_seq=last.seq)
         if stream is None:
-            raise no_stream(batch.stream)
+            raise unknown_stream(batch.stream)
         if run is None:
-            raise no_run(batch.run)
+            raise unknown_run(batch.run)
         if run.writer != batch.writer:
             raise Fenced("The writer token is not the run's, or no longer.")
         expected = run.frames + 1
@@ -609,14 +609,14 @@ class Store:
     def _known_stream(self, name: str, now: int) -> Stream:
         stream = self._find_stream(name)
         if stream is None or stream.expired(now):
-            raise no_stream(name)
+            raise unknown_stream(name)
         return stream
 
     def _known_run(self, stream_name: str, name: str, now: int) -> tuple[Stream, Run]:
         stream = self._known_stream(stream_name, now)
         run = self._find_run(stream, name)
         if run is None:
-            raise no_run(name)
+            raise unknown_run(name)
         return stream, run
 
     def _find_run(self, stream: Stream, name: str) -> Run | None:
@@ -739,7 +739,7 @@ class Store:
                     continue
             run = None if stream is None else self._find_run(stream, name)
             if run is None:
-                raise no_run(name)
+                raise unknown_run(name)
             found[run.id] = run
         return [found[run_id] for run_id in sorted(found)]
 

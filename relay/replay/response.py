@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from relay.errors import RelayError, RunEnded
+from relay.headers import Headers, all_of
 from relay.replay.reader import LossUntold, Reader, ReaderEnd, Readers
 from relay.replay.sink import GzipSink, Sink, accepts_gzip
 
@@ -21,13 +22,15 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Head = list[tuple[bytes, bytes]]
 
 CONNECTION = "relay.connection"
 """The ASGI extension that is a reader's sink, past ASGI's own `send`, which costs a coroutine and copies for
 each write to each reader; it also tells a response of a lost client, and breaks its connection at once."""
 
-STREAMING_HEADERS: Head = [
+ANSWER = "relay.answer"
+"""Where in the scope a route leaves its `StreamAnswer`, past Starlette's router."""
+
+STREAMING_HEADERS: Headers = [
     (b"cache-control", b"no-cache, no-store, no-transform"),
     (b"x-accel-buffering", b"no"),
     (b"vary", b"Last-Event-ID, Accept-Encoding"),
@@ -46,7 +49,7 @@ class StreamAnswer:
 
     reader: Reader
     status: int
-    headers: Head
+    headers: Headers
     prime: bytes = b""
     whole: Callable[[Reader], Awaitable[bool]] | None = None
     released: Callable[[], None] | None = None
@@ -98,8 +101,7 @@ def takes_gzip(scope: Scope, compress: str) -> bool:
     served so, if it is on another machine (a proxy on this one compresses better where it has to)."""
     if compress == "never":
         return False
-    values = [value for name, value in scope["headers"] if name == b"accept-encoding"]
-    if not accepts_gzip(b",".join(values).decode("latin-1")):
+    if not accepts_gzip(",".join(all_of(scope["headers"], b"accept-encoding"))):
         return False
     return compress == "always" or not _is_local(scope["client"])
 
@@ -112,7 +114,7 @@ def _is_local(client: tuple[str, int] | None) -> bool:
     return (mapped or address).is_loopback
 
 
-async def send_whole(status: int, headers: Head, body: bytes, send: Send) -> None:
+async def send_whole(status: int, headers: Headers, body: bytes, send: Send) -> None:
     """A response in one piece."""
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -26,7 +26,6 @@ from relay.ingest.upstream import (
     Inflater,
     TruncatedBody,
     Upstream,
-    end_to_end,
     upstream_request,
 )
 from relay.settings import Settings
@@ -41,25 +40,6 @@ def inflate(coding: str, pieces: list[bytes]) -> bytes:
             out.append(data)
     inflater.close()
     return b"".join(out)
-
-
-# --- headers ------------------------------------------------------------------------------------------
-
-
-def test_hop_by_hop_headers_and_those_that_connection_names_stay_behind() -> None:
-    headers = [
-        (b"Connection", b"close, X-Mine"),
-        (b"X-Mine", b"1"),
-        (b"TE", b"trailers"),
-        (b"Transfer-Encoding", b"chunked"),
-        (b"Keep-Alive", b"5"),
-        (b"Upgrade", b"h2c"),
-        (b"Proxy-Authorization", b"secret"),
-        (b"X-Drop", b"2"),
-        (b"Cookie", b"a"),
-        (b"Cookie", b"b"),
-    ]
-    assert end_to_end(headers, b"x-drop") == [(b"cookie", b"a"), (b"cookie", b"b")]
 
 
 # --- compression --------------------------------------------------------------------------------------

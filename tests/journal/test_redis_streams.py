@@ -15,7 +15,8 @@ from relay.cursor import ORIGIN, Cursor
 from relay.errors import StartupError
 from relay.frame import Event, run_ended, run_started
 from relay.journal.base import Append, RunOpening
-from relay.journal.redis_streams import RedisJournal, _check_server
+from relay.journal.redis_startup import check_info
+from relay.journal.redis_streams import RedisJournal
 from relay.lifecycle import Ending, Reason, ending
 from relay.limits import Retention
 
@@ -397,7 +398,7 @@ def test_an_old_server_is_refused(version: str, accepted: bool) -> None:
     """Valkey reports redis_version 7.2.4."""
     info = {"redis_version": version, "role": "master", "maxmemory_policy": "noeviction"}
     if accepted:
-        _check_server(info, "here")
+        check_info(info, "here")
     else:
         with pytest.raises(StartupError, match=r"6\.2"):
-            _check_server(info, "here")
+            check_info(info, "here")
