@@ -31,6 +31,8 @@ class TcpProxy:
         self.to_client = to_client
         self.to_server = to_server
         self.refusing = False
+        self.read_max = 65536
+        """So many bytes pass at once, at most."""
         self.connections = 0
         self._open: set[socket.socket] = set()
         self._taking = threading.Lock()
@@ -73,7 +75,7 @@ class TcpProxy:
         passed = 0
         with contextlib.suppress(OSError):
             while most is None or passed < most:
-                data = source.recv(65536)
+                data = source.recv(self.read_max)
                 if not data:
                     with contextlib.suppress(OSError):
                         sink.shutdown(socket.SHUT_WR)

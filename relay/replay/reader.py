@@ -383,6 +383,7 @@ class Readers:
         self.of_client: Counter[str] = Counter()
         """How many readers each has; none that has none."""
         self._callers: set[Callable[[], None]] = set()
+        self._draining = False
 
     def __len__(self) -> int:
         return len(self._open) + len(self._callers)
@@ -395,6 +396,8 @@ class Readers:
         self._open[reader] = abort
         self.of_stream[reader.stream] += 1
         self.of_client[reader.client] += 1
+        if self._draining and reader.lease is not None:  # it was let in before, and the journal took its time
+            reader.leave(ReaderEnd.DRAIN)
 
     def discard(self, reader: Reader) -> None:
         """The reader has ended."""
@@ -428,7 +431,8 @@ class Readers:
                 reader.wake()
 
     def drain(self) -> None:
-        """Send away everyone who can come back to another instance."""
+        """Send away everyone who can come back to another instance, and who begins from now on."""
+        self._draining = True
         for reader in self._open:
             if reader.lease is not None:
                 reader.leave(ReaderEnd.DRAIN)

@@ -163,8 +163,8 @@ $("stop").addEventListener("click", () => cancel(chat).catch((error) => say(erro
 
 /** How often the agent was called in this chat, as it says itself. */
 async function countCalls() {
-  const answer = await fetch(`/agent/stats?chat=${chat}`).catch(() => null);
-  instruments.calls(answer?.ok ? (await answer.json()).chat : null);
+  const told = fetch(`/agent/stats?chat=${chat}`).then((answer) => (answer.ok ? answer.json() : null));
+  instruments.calls((await told.catch(() => null))?.chat);
 }
 
 // --- breaking it -------------------------------------------------------------------------------------------

@@ -52,6 +52,16 @@ window.setTimeout = (callback, ms, ...rest) => (ms < 200 ? begin(callback, ms, .
 Math.random = () => 1;
 """
 
+ONLINE_WHEN_THERE_IS_A_WAY = """
+// The browser's network, a process of its own, may learn that it is online a moment after the page was told.
+addEventListener("online", async (event) => {
+  if (!event.isTrusted) return;
+  event.stopImmediatePropagation();
+  while (!(await fetch("/chats").catch(() => null)));
+  dispatchEvent(new Event("online"));
+});
+"""
+
 
 def serve_chat_page(upstream: ScriptedUpstream) -> None:
     """Have upstream serve the page at `/chats`."""
@@ -144,5 +154,13 @@ class ChatPage:
 
     def await_readers(self, count: int) -> None:
         """Wait until relay serves so many readers."""
+        self._await_readers(f"== {count}")
+
+    def await_readers_at_most(self, count: int) -> None:
+        """Wait until relay serves no more than so many readers: of one that has left, it hears a moment after
+        the next one has come."""
+        self._await_readers(f"<= {count}")
+
+    def _await_readers(self, condition: str) -> None:
         metrics = "fetch('/relay/metrics').then((answer) => answer.text())"
-        self.await_answer(f"{metrics}.then((text) => /^relay_readers_open (.+)/m.exec(text)[1] == {count})")
+        self.await_answer(f"{metrics}.then((text) => /^relay_readers_open (.+)/m.exec(text)[1] {condition})")

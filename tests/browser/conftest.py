@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from relay_process import RelayProcess
 from scripted_upstream import ScriptedUpstream
 
@@ -25,6 +25,8 @@ FLAGS = [
     "--disable-sync",
 ]
 DEADLINE_MS = 60_000
+
+expect.set_options(timeout=DEADLINE_MS)
 
 
 # Of the package and not of the session: while Playwright's sync API runs, it holds this thread's event loop,

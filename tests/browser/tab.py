@@ -66,6 +66,8 @@ class Tab:
 
     def header(self, number: int, name: str) -> str:
         """Of one answer."""
+        while len(self._answers) <= number:  # news of an answer may come after what it did to the page
+            self.page.wait_for_event("response")
         return self._answers[number].headers[name]
 
     def read(self, url: str) -> None:

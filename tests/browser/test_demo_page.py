@@ -10,18 +10,28 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import BrowserContext, Locator, Page, expect
+from held_port import held_port
+from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
 from redis_server import RedisServer
 from relay_process import RelayProcess
 from tcp_proxy import TcpProxy
 
-from browser.conftest import DEADLINE_MS
-from relay.demo import ANSWER, ANSWERS, WORDS
-
-expect.set_options(timeout=DEADLINE_MS)
+from relay.demo import ANSWER, ANSWERS, WORDS, words
 
 # question, each word, done, run.started, run.ended
 FRAMES = WORDS + 4
+
+# So many words are not over before something was done to them, and so few soon.
+LONG, SHORT = 5000, 60
+
+# The countdown of a cut goes on when the test says so.
+COUNTDOWN = """
+const begin = setInterval;
+window.setInterval = (callback, ms, ...rest) => {
+    if (ms === 1000) [window.tick, callback] = [callback, () => {}];
+    return begin(callback, ms, ...rest);
+};
+"""
 
 # What browsers say of a connection that is cut or refused; it is no mistake of the page.
 OF_THE_NETWORK = "Failed to load resource"
@@ -97,6 +107,18 @@ def second_tab(page: Page) -> Page:
     return other.value
 
 
+def ask_for(page: Page, count: int, pace_ms: int = 70, answer: str = ANSWER) -> str:
+    """Have the agent say so many words to whatever is asked from now on, in all tabs; the text of it."""
+
+    def continue_(route: Route) -> None:
+        url = re.sub(r"pace_ms=\d+", f"pace_ms={pace_ms}&words={count}", route.request.url)
+        route.continue_(url=url)
+
+    page.context.unroute_all()
+    page.context.route("**/agent/stream?*", continue_)
+    return "".join(words(count, answer))
+
+
 def await_frames(page: Page, least: int) -> None:
     page.wait_for_function(
         "least => Number(document.getElementById('frames').textContent) >= least", arg=least
@@ -156,6 +178,7 @@ def test_an_answer_grows_and_the_instruments_tell(demo: Demo, chat: Page) -> Non
 
 
 def test_a_cut_loses_nothing_and_doubles_nothing(demo: Demo, chat: Page) -> None:
+    chat.add_init_script(COUNTDOWN)
     with TcpProxy.running(urlsplit(demo.url).port or 0) as proxy:
         asked(chat, proxy.url)
         button(chat, "Cut").click()
@@ -170,18 +193,24 @@ def test_a_cut_loses_nothing_and_doubles_nothing(demo: Demo, chat: Page) -> None
         assert ANSWER.startswith(heard + caught_up)
         assert len(caught_up.split()) >= 19
         proxy.cut_all()  # and one that nobody announced
+        expect(chat.locator("#reconnects")).to_have_text("2")
         expect_whole(chat)
-    assert int(chat.locator("#reconnects").text_content() or 0) == 2
+    expect(chat.locator("#reconnects")).to_have_text("2")
     expect(chat.locator("#calls")).to_have_text("1")
 
 
 def test_a_cut_that_nobody_mends_is_over_after_a_moment(demo: Demo, chat: Page) -> None:
+    chat.add_init_script(COUNTDOWN)
+    said = ask_for(chat, SHORT)
     asked(chat, demo.url)
     button(chat, "Cut").click()
     for name in ("Ask", "Stop", "Regenerate"):
         expect(button(chat, name)).to_be_disabled()
+    for left_s in ("6", "5", "4", "3", "2", "1"):
+        expect(chat.locator("#left")).to_have_text(left_s)
+        chat.evaluate("tick()")
     expect(chat.locator("#state")).to_have_text("live")
-    expect_whole(chat)
+    expect_whole(chat, said)
 
 
 def test_a_reload_and_a_second_tab_in_mid_answer_go_on_with_it(demo: Demo, chat: Page) -> None:
@@ -202,6 +231,7 @@ def test_a_reload_and_a_second_tab_in_mid_answer_go_on_with_it(demo: Demo, chat:
 
 
 def test_stop_in_one_tab_stops_the_answer_in_all_and_keeps_what_was_said(demo: Demo, chat: Page) -> None:
+    said = ask_for(chat, LONG)
     asked(chat, demo.url)
     other = second_tab(chat)
     await_frames(other, 20)
@@ -213,68 +243,77 @@ def test_stop_in_one_tab_stops_the_answer_in_all_and_keeps_what_was_said(demo: D
         expect_nothing_lost(tab)
         expect(button(tab, "Stop")).to_be_disabled()
     [text] = texts
-    assert ANSWER.startswith(text)
+    assert said.startswith(text)
     assert len(text.split()) >= 17
 
 
 @pytest.mark.parametrize("when", ["while it is given", "when it is over"])
 def test_an_answer_that_is_regenerated_is_replaced_in_all_tabs(demo: Demo, chat: Page, when: str) -> None:
+    is_over = when == "when it is over"
+    first = ask_for(chat, SHORT if is_over else LONG)
     asked(chat, demo.url)
     other = second_tab(chat)
-    if when == "when it is over":
-        expect_whole(chat)
+    if is_over:
+        expect_whole(chat, first)
+    second = ask_for(chat, SHORT, answer=ANSWERS[1])
     button(other, "Regenerate").click()
     for tab in (chat, other):
         old = answer(tab, "replaced").locator(".text")
         expect(old).to_have_css("text-decoration-line", "line-through")
-        assert ANSWER.startswith(old.text_content() or "-")
-        expect_whole(tab, ANSWERS[1])
+        assert first.startswith(old.text_content() or "-")
+        expect_whole(tab, second)
         assert tab.locator(".question").all_text_contents() == ["What does relay do?"]
         assert tab.locator(".answer").evaluate_all("all => all.map(({ dataset }) => dataset.state)") == [
             "replaced", "completed",
         ]  # fmt: skip
         expect(tab.locator("#calls")).to_have_text("2")
     for tab in (opened(chat.context.new_page(), chat.url), chat):
-        expect_whole(tab, ANSWERS[1])
+        expect_whole(tab, second)
         expect(answer(tab, "replaced")).to_have_count(1)
 
 
 def test_a_page_outlives_relay_and_says_what_became_of_the_answer(
     demo: Demo, chat: Page, fresh_journal: Callable[[], str]
 ) -> None:
-    journal = fresh_journal()
-    with RelayProcess.start(journal=journal, upstream=demo.agent) as relay:
-        asked(chat, relay.url)
-        relay.kill()
-        expect(chat.locator("#state")).to_have_text("reconnecting")
-        expect(chat.locator("#notice")).to_have_text(re.compile("relay cannot be reached"))
-        expect(button(chat, "Ask")).to_be_disabled()
-    with RelayProcess.start(journal=journal, upstream=demo.agent, port=relay.port):
-        expect(chat.locator("#state")).to_have_text("live")
-        expect(answer(chat, "broke-off").locator(".state")).to_have_text(re.compile("broke off: "))
-        assert ANSWER.startswith(chat.locator(".text").text_content() or "-")
-        button(chat, "Regenerate").click()
-        expect_whole(chat, ANSWERS[1])
-        assert demo.process.poll() is None
+    settings = {"journal": fresh_journal(), "upstream": demo.agent}
+    with held_port() as port:
+        with RelayProcess.start(**settings, port=port) as relay:
+            said = ask_for(chat, LONG)
+            asked(chat, relay.url)
+            relay.kill()
+            expect(chat.locator("#state")).to_have_text("reconnecting")
+            expect(chat.locator("#notice")).to_have_text(re.compile("relay cannot be reached"))
+            expect(button(chat, "Ask")).to_be_disabled()
+        with RelayProcess.start(**settings, port=port):
+            expect(chat.locator("#state")).to_have_text("live")
+            expect(answer(chat, "broke-off").locator(".state")).to_have_text(re.compile("broke off: "))
+            assert said.startswith(chat.locator(".text").text_content() or "-")
+            said = ask_for(chat, SHORT, answer=ANSWERS[1])
+            button(chat, "Regenerate").click()
+            expect_whole(chat, said)
+            assert demo.process.poll() is None
 
 
 def test_a_page_whose_journal_is_gone_shows_the_one_that_is_there(
     demo: Demo, chat: Page, fresh_journal: Callable[[], str], redis_server: RedisServer
 ) -> None:
     journal = fresh_journal()
-    with RelayProcess.start(journal=journal, upstream=demo.agent) as relay:
-        asked(chat, relay.url)
-        button(chat, "Stop").click()
-        expect(answer(chat, "stopped")).to_have_count(1)
-    journal = fresh_journal() if journal.startswith("sqlite") else redis_server.url(db=1)
-    with RelayProcess.start(journal=journal, upstream=demo.agent, port=relay.port):
-        expect(chat.locator("#notice")).to_have_text(re.compile("The journal was begun anew"))
-        expect(chat.locator("#state")).to_have_text("live")
-        expect(chat.locator(".answer")).to_have_count(0)
-        chat.get_by_label("Your question").fill("Again?")
-        chat.get_by_label("Your question").press("Enter")
-        expect(answer(chat, "completed").locator(".text")).to_have_count(1)
-        assert answer(chat, "completed").locator(".text").text_content() == ANSWER
+    ask_for(chat, LONG)
+    with held_port() as port:
+        with RelayProcess.start(journal=journal, upstream=demo.agent, port=port) as relay:
+            asked(chat, relay.url)
+            button(chat, "Stop").click()
+            expect(answer(chat, "stopped")).to_have_count(1)
+        said = ask_for(chat, SHORT)
+        journal = fresh_journal() if journal.startswith("sqlite") else redis_server.url(db=1)
+        with RelayProcess.start(journal=journal, upstream=demo.agent, port=port):
+            expect(chat.locator("#notice")).to_have_text(re.compile("The journal was begun anew"))
+            expect(chat.locator("#state")).to_have_text("live")
+            expect(chat.locator(".answer")).to_have_count(0)
+            chat.get_by_label("Your question").fill("Again?")
+            chat.get_by_label("Your question").press("Enter")
+            expect(answer(chat, "completed").locator(".text")).to_have_count(1)
+            assert answer(chat, "completed").locator(".text").text_content() == said
 
 
 def test_a_chat_that_was_deleted_has_ended(demo: Demo, chat: Page) -> None:
@@ -288,6 +327,8 @@ def test_a_chat_that_was_deleted_has_ended(demo: Demo, chat: Page) -> None:
 
 def test_the_page_counts_by_the_numbers_that_it_is_handed(demo: Demo, chat: Page) -> None:
     opened(chat, demo.url)
+    # The last that the page itself is told; with it the page would put its own numbers back.
+    expect(chat.locator("#log .event").first).to_contain_text("live")
     chat.evaluate(
         """async () => {
             const { Instruments } = await import("/demo-instruments.js");
@@ -316,7 +357,8 @@ def test_an_agent_that_is_down_is_told_in_the_chat(
 def test_chats_are_kept_apart(demo: Demo, chat: Page) -> None:
     asked(chat, demo.url)
     former = chat.url
-    chat.get_by_role("link", name="New chat").click()
+    with chat.expect_event("load"):  # what is live before is the former chat
+        chat.get_by_role("link", name="New chat").click()
     expect(chat.locator("#state")).to_have_text("live")
     assert chat.url != former
     expect(chat.locator("#empty")).to_be_visible()
@@ -325,7 +367,8 @@ def test_chats_are_kept_apart(demo: Demo, chat: Page) -> None:
 
 
 def test_a_page_with_nothing_to_hear_asks_for_nothing(demo: Demo, chat: Page) -> None:
-    chat.clock.install()
+    chat.clock.install(time=0)
+    chat.clock.pause_at(1000)
     opened(chat, demo.url)
     expect(chat.locator("#calls")).to_have_text("0")
     requests: list[str] = []
@@ -359,6 +402,8 @@ def test_the_page_runs_no_script_that_stands_in_it(demo: Demo, page: Page) -> No
 
 @pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 800)])
 def test_the_page_fits_its_window(demo: Demo, chat: Page, width: int, height: int) -> None:
+    chat.add_init_script(COUNTDOWN)
+    ask_for(chat, LONG, pace_ms=10)
     chat.set_viewport_size({"width": width, "height": height})
     opened(chat, demo.url)
     expect_to_fit(chat, width, height)
@@ -421,10 +466,13 @@ CONTRASTS = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_can_be_read(demo: Demo, chat: Page, scheme: str) -> None:
     chat.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
+    chat.add_init_script(COUNTDOWN)
+    ask_for(chat, LONG)
     asked(chat, demo.url)
     button(chat, "Regenerate").click()
     expect(answer(chat, "replaced")).to_have_count(1)
     button(chat, "Cut").click()
+    await_written(chat, int(chat.locator("#seq").text_content() or 0) + 8)  # of the new answer's words too
     texts = chat.evaluate(CONTRASTS)
     button(chat, "Reconnect").click()
     expect(chat.locator(".caught-up")).not_to_be_empty()

@@ -104,19 +104,18 @@ class ChatTab:
         return self.page.locator("p").all_text_contents()
 
     def await_shown(self, *texts: str) -> None:
-        """Wait until so many messages are shown, the last of them so far, and look whether they are these."""
-        length = len(texts[-1].encode("utf-16-le")) // 2  # as JavaScript counts
+        """Wait until these messages are shown, and nothing else. What was kept over a reload is there at
+        once, and then drawn anew from its beginning: for a moment it is shorter again."""
         try:
             self.page.wait_for_function(
-                """([count, length]) => {
-                    const shown = document.querySelectorAll("p");
-                    return shown.length >= count && shown[count - 1].textContent.length >= length;
+                """texts => {
+                    const shown = [...document.querySelectorAll("p")].map(({ textContent }) => textContent);
+                    return shown.length === texts.length && shown.every((text, n) => text === texts[n]);
                 }""",
-                arg=[len(texts), length],
+                arg=list(texts),
             )
         except TimeoutError as error:
             raise AssertionError(f"{self.shown()} {self.error()} {self.statuses}") from error
-        assert self.shown() == list(texts)
 
     def await_status(self, status: str) -> None:
         """Wait until `useChat` says so."""

@@ -63,7 +63,7 @@ def shown(value: float, unit: str) -> str:
 
 
 def stat(panel: Panel, prometheus: Prometheus) -> str:
-    value = max(prometheus.values(panel.queries[0].put(INTERVAL)))
+    value = max(prometheus.await_values(panel.queries[0].put(INTERVAL)))
     colour = next(s["color"] for s in reversed(panel.steps) if s["value"] is None or value >= s["value"])
     text = "up" if panel.title == "Journal" and value else shown(value, panel.unit)
     return f'<div class="value" style="background: {NAMED[colour]}">{text}</div>'

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import socket
 import subprocess
 import time
 import urllib.error
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from held_port import held_port
 
 from deploy.alerting import PROMETHEUS
 
@@ -41,18 +41,18 @@ class Prometheus:
         (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
         rules = (PROMETHEUS / "alerts.yml").read_text()
         (directory / "alerts.yml").write_text(re.sub(r"\bfor: \w+", "for: 2s", rules))
-        port = free_port()
-        command = [program, f"--config.file={directory / 'prometheus.yml'}"]
-        command += [f"--storage.tsdb.path={directory / 'data'}", f"--web.listen-address=127.0.0.1:{port}"]
-        with (directory / "log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
-        found = cls(f"http://127.0.0.1:{port}")
-        try:
-            _until(found._is_ready, "Prometheus is ready", lambda: (directory / "log").read_text())
-            yield found
-        finally:
-            process.terminate()
-            process.wait(DEADLINE_S)
+        with held_port() as port:
+            command = [program, f"--config.file={directory / 'prometheus.yml'}"]
+            command += [f"--storage.tsdb.path={directory / 'data'}", f"--web.listen-address=127.0.0.1:{port}"]
+            with (directory / "log").open("wb") as log:
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
+            found = cls(f"http://127.0.0.1:{port}")
+            try:
+                _until(found._is_ready, "Prometheus is ready", lambda: (directory / "log").read_text())
+                yield found
+            finally:
+                process.terminate()
+                process.wait(DEADLINE_S)
 
     def _is_ready(self) -> bool:
         try:
@@ -96,20 +96,22 @@ class Prometheus:
 
     def await_values(self, expr: str) -> list[float]:
         """What an expression is, once it is anything."""
-        _until(lambda: bool(self.values(expr)), expr)
-        return self.values(expr)
+        found: list[float] = []
+
+        def is_anything() -> bool:
+            found[:] = self.values(expr)
+            return bool(found)
+
+        _until(is_anything, expr)
+        return found
+
+    def await_silent(self, names: set[str]) -> None:
+        """Wait until none of these fires."""
+        _until(lambda: not names & self.firing(), f"{names} are silent", lambda: str(self.firing()))
 
     def await_firing(self, *names: str) -> None:
         """Wait until all of these fire."""
         _until(lambda: set(names) <= self.firing(), f"{names} fire", lambda: str(self.firing()))
-
-
-def free_port() -> int:
-    """A port that nobody has."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _until(holds: Callable[[], bool], what: str, more: Callable[[], str] = str) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ class Scene:
             settings: dict[str, Any] = {
                 "journal": redis.url(), "upstream": upstream.url,
                 "admin_key": KEY, "admin_addr": "127.0.0.1:0",
-                "journal_timeout_s": 0.5, "owner_lease_s": 1.0, "drain_grace_s": 1,
+                "journal_timeout_s": 0.8, "owner_lease_s": 5.0, "drain_grace_s": 1,
                 "webhook_url": f"{upstream.url}/receiver", "webhook_secret": "whsec_" + "c2VjcmV0" * 4,
                 "webhook_allow_private": True,
             }  # fmt: skip
@@ -70,7 +71,15 @@ class Scene:
             yield cls(redis, relays, upstream, prometheus)
 
     def ask(self, relay: int, method: str, path: str, body: Any = None, **headers: str) -> Answer:
-        """One request to relay's own routes, with the key unless told otherwise."""
+        """One request to relay's own routes, with the key unless told otherwise; made again while relay says
+        that it cannot be answered just now."""
+        deadline = time.monotonic() + DEADLINE_S
+        while (answer := self._ask(relay, method, path, body, headers)).status == 503:
+            assert time.monotonic() < deadline, answer
+            time.sleep(0.05)
+        return answer
+
+    def _ask(self, relay: int, method: str, path: str, body: Any, headers: dict[str, str]) -> Answer:
         names = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         names |= {name.replace("_", "-"): value for name, value in headers.items()}
         connection = http.client.HTTPConnection("127.0.0.1", self.relays[relay].port, timeout=DEADLINE_S)
@@ -84,7 +93,13 @@ class Scene:
             connection.close()
 
     def reading(self, relay: int, path: str, **headers: str) -> Reading:
-        return Reading(self.relays[relay].url + path, **headers)
+        """An answer that is read; asked for as `ask` does."""
+        deadline = time.monotonic() + DEADLINE_S
+        while (reading := Reading(self.relays[relay].url + path, **headers)).status == 503:
+            reading.cut()
+            assert time.monotonic() < deadline, "relay serves no readers"
+            time.sleep(0.05)
+        return reading
 
     # What clients do
 

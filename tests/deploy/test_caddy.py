@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from held_port import held_port
 from relay_process import RelayProcess
 from scripted_upstream import Exchange, Gate, ScriptedUpstream
 
-from deploy.prometheus_process import free_port
 from deploy.tools import tool
 
 CADDYFILE = Path(__file__).parent.parent.parent / "deploy" / "Caddyfile"
@@ -44,7 +44,7 @@ class Front(NamedTuple):
 
 @pytest.fixture(scope="module")
 def front(upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    caddy, directory, port = tool("caddy"), tmp_path_factory.mktemp("caddy"), free_port()
+    caddy, directory = tool("caddy"), tmp_path_factory.mktemp("caddy")
     config = directory / "Caddyfile"
     # A certificate of its own, not made known to this machine, and nothing on port 80.
     config.write_text(
@@ -52,7 +52,10 @@ def front(upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) 
             "admin off", "admin off\n\tskip_install_trust\n\tauto_https disable_redirects"
         )
     )
-    with RelayProcess.start(journal=f"sqlite:///{directory / 'relay.db'}", upstream=upstream.url) as relay:
+    with (
+        held_port() as port,
+        RelayProcess.start(journal=f"sqlite:///{directory / 'relay.db'}", upstream=upstream.url) as relay,
+    ):
         own = {"HOME": str(directory), "XDG_DATA_HOME": str(directory), "XDG_CONFIG_HOME": str(directory)}
         own |= {"RELAY_SITE": f"https://localhost:{port}", "RELAY_ADDRESS": f"127.0.0.1:{relay.port}"}
         command = [caddy, "run", "--adapter", "caddyfile", "--config", str(config)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ Copies = Callable[..., Example]
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Copies:
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
     """Copies an example: its name, and the ports that its files name."""
+    with contextlib.ExitStack() as copies:
 
-    def make(name: str, *ports: int) -> Example:
-        directory: Path = tmp_path_factory.mktemp(name)
-        return Example(name, directory, *ports)
+        def make(name: str, *ports: int) -> Example:
+            directory: Path = tmp_path_factory.mktemp(name)
+            return copies.enter_context(contextlib.closing(Example(name, directory, *ports)))
 
-    return make
+        yield make

@@ -12,13 +12,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from held_port import hold_port
 from relay_process import RelayProcess
+from tcp_proxy import TcpProxy
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 DEADLINE_S = 60
@@ -30,16 +33,23 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class Example:
-    """A copy of an example's files. The ports its files and commands name are exchanged for free ones."""
+    """A copy of an example's files. The ports its files and commands name are exchanged for others, which are
+    its own until it is closed."""
 
     def __init__(self, name: str, directory: Path, *ports: int) -> None:
         self.directory = directory / name
         shutil.copytree(EXAMPLES / name, self.directory, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
-        self.ports = dict(zip(ports, free_ports(len(ports)), strict=True))
+        self._held = {port: hold_port() for port in ports}
+        self.ports = {port: int(holder.getsockname()[1]) for port, holder in self._held.items()}
         for file in filter(Path.is_file, self.directory.rglob("*")):
             file.write_text(re.sub(r"\b\d{4}\b", self._placed, file.read_text()))
         lines = "".join(self.blocks("")).replace("\\\n", " ").splitlines()
         self.commands = [line for line in lines if line]
+
+    def close(self) -> None:
+        """Its ports may be anybody's."""
+        for holder in self._held.values():
+            holder.close()
 
     def _placed(self, number: re.Match[str]) -> str:
         return str(self.ports.get(int(number[0]), number[0]))
@@ -143,13 +153,48 @@ def own_environment(more: Mapping[str, str]) -> dict[str, str]:
     return os.environ | {"PATH": programs, "PYTHONUNBUFFERED": "1", **more}
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    with contextlib.ExitStack() as held:
-        listeners = [held.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
+class Interlude:
+    """Stands before a backend. An answer that passes it while it is `holding` waits behind so many of its
+    events, so that it is not over before something was done to it."""
+
+    def __init__(self, port: int, event: bytes) -> None:
+        self._event = event
+        self._most = 0
+        self._passed = 0
+        self._rest = b""
+        self._free = threading.Event()
+        self.proxy = TcpProxy(port, to_client=self._pass)
+        self.proxy.read_max = 64  # no more than an event, however many have come
+
+    def _pass(self, data: bytes) -> bytes:
+        seen = self._rest + data
+        self._rest = seen[1 - len(self._event) :]
+        if self._event in seen:
+            self._passed += 1
+            if self._passed > self._most:
+                self._free.wait(DEADLINE_S)
+        return data
+
+    @contextlib.contextmanager
+    def holding(self, events: int) -> Iterator[None]:
+        """Hold the one answer that is given meanwhile, until the end of the block."""
+        self._passed, self._most, self._rest = 0, events, b""
+        self._free.clear()
+        try:
+            yield
+        finally:
+            self._free.set()
+
+    @classmethod
+    @contextlib.contextmanager
+    def before(cls, port: int, event: bytes) -> Iterator[Interlude]:
+        interlude = cls(port, event)
+        interlude._free.set()
+        try:
+            yield interlude
+        finally:
+            interlude._free.set()
+            interlude.proxy.close()
 
 
 def await_listening(port: int, process: subprocess.Popen[bytes]) -> None:

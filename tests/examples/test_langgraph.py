@@ -19,7 +19,7 @@ from relay_process import RelayProcess
 from run_record import whole_run
 from tcp_proxy import TcpProxy
 
-from examples.example import Example, once, posted
+from examples.example import Example, Interlude, once, posted
 
 ANSWER = "Every letter of this answer is an event, and relay has written each of them down before you saw it."
 MODES = ["messages-tuple", "values"]
@@ -31,6 +31,7 @@ class Scene(NamedTuple):
     example: Example
     relay: RelayProcess
     server: SyncLangGraphClient
+    interlude: Interlude
 
     def runs(self, thread: str) -> list[Any]:
         """The server's runs of a thread."""
@@ -40,12 +41,26 @@ class Scene(NamedTuple):
 @pytest.fixture(scope="module")
 def scene(copy: Callable[..., Example]) -> Iterator[Scene]:
     example = copy("langgraph", 2024, 8080)
+    add_slow_graph(example)
     with (
         example.server("langgraph dev", 2024, PACE_S="0.01"),
-        example.relay() as relay,
+        Interlude.before(example.ports[2024], b"event: messages") as interlude,
+        example.relay(upstream=interlude.proxy.url) as relay,
         langgraph_sdk.get_sync_client(url=example.url(2024)) as server,
     ):
-        yield Scene(example, relay, server)
+        yield Scene(example, relay, server, interlude)
+
+
+def add_slow_graph(example: Example) -> None:
+    """The same graph once more, as `slow`: its answers are not over before something was done to them."""
+    config = example.directory / "langgraph.json"
+    document = json.loads(config.read_text())
+    document["graphs"]["slow"] = "./slow.py:graph"
+    config.write_text(json.dumps(document))
+    agent = (example.directory / "agent.py").read_text()
+    pace = 'os.environ.get("PACE_S", "0.05")'
+    assert pace in agent
+    (example.directory / "slow.py").write_text(agent.replace(pace, '"0.15"'))
 
 
 @pytest.fixture
@@ -60,10 +75,12 @@ def thread() -> str:
     return str(uuid4())
 
 
-def ask(client: SyncLangGraphClient, thread: str, question: str, **wishes: Any) -> Iterator[StreamPart]:
+def ask(
+    client: SyncLangGraphClient, thread: str, question: str, graph: str = "agent", **wishes: Any
+) -> Iterator[StreamPart]:
     return client.runs.stream(
         thread,
-        "agent",
+        graph,
         input={"messages": [{"role": "user", "content": question}]},
         if_not_exists="create",
         **({"stream_mode": MODES} | wishes),
@@ -79,7 +96,8 @@ def transcript(relay: RelayProcess, thread: str, run: str = "latest") -> Any:
 
 
 def test_a_client_that_leaves_goes_on_with_the_command_it_prints(scene: Scene) -> None:
-    with scene.example.background(scene.example.command("client.py hello")) as leaving:
+    asking = scene.example.command("client.py hello")
+    with scene.interlude.holding(30), scene.example.background(asking) as leaving:
         assert leaving.stdout is not None
         _, thread = leaving.stdout.readline().split()
         shown = leaving.stdout.read(20)
@@ -112,7 +130,7 @@ def test_a_stop_by_relay_keeps_the_text_and_stops_the_graph(
 ) -> None:
     shown = []
     stop = scene.example.command("/cancel").replace("THREAD", thread)
-    for part in ask(client, thread, "hello", on_disconnect="cancel"):
+    for part in ask(client, thread, "hello", "slow", on_disconnect="cancel"):
         shown.append(part)
         if len(shown) == 10:
             assert posted(stop)["reason"] == "client_cancel"
@@ -131,7 +149,7 @@ def test_a_run_cancelled_at_the_server_only_ends(
     scene: Scene, client: SyncLangGraphClient, thread: str
 ) -> None:
     shown = []
-    for part in ask(client, thread, "hello"):
+    for part in ask(client, thread, "hello", "slow"):
         shown.append(part)
         if len(shown) == 10:
             client.runs.cancel(thread, shown[0].data["run_id"])

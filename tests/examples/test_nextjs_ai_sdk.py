@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,10 +21,7 @@ from examples.example import Example, once
 
 # A build takes some ten seconds, and minutes on a machine that has much else to do.
 BUILD_DEADLINE_S = 600
-DEADLINE_MS = 60_000
 PACE_MS = "15"
-
-expect.set_options(timeout=DEADLINE_MS)
 
 
 class Scene(NamedTuple):
@@ -38,8 +36,10 @@ def scene(node_packages: Path) -> Iterator[Scene]:
     """Built beside the packages of the tests, where it finds its own: they are of the same versions."""
     place = node_packages.parent / "build"
     place.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place) as directory:
-        example = Example("nextjs-ai-sdk", Path(directory), 3000, 8080)
+    with (
+        tempfile.TemporaryDirectory(dir=place) as directory,
+        contextlib.closing(Example("nextjs-ai-sdk", Path(directory), 3000, 8080)) as example,
+    ):
         built = subprocess.run(
             ["bash", "-c", example.command("npm run build")],
             cwd=example.directory,
@@ -109,7 +109,8 @@ def test_an_answer_survives_a_reload_is_followed_by_a_second_tab_and_stopped_in_
     expect_part_of(shown, answer_to(question))
     for tab in (page, second):
         expect(tab.locator("output")).to_have_text("ready")
-        assert await_words(tab, 1, 5) == shown
+    assert await_words(page, 1, 5) == shown
+    expect_part_of(await_words(second, 1, 5), shown)  # it left, maybe before it had heard the last word
 
     # The app was hung up on, and kept what it had said, which is no less than what was shown.
     kept = scene.example.directory / ".chats" / f"{stream}.json"

@@ -15,7 +15,7 @@ import pytest
 from relay_process import RelayProcess
 from run_record import whole_run
 
-from examples.example import Example, body_of, once, posted
+from examples.example import Example, Interlude, body_of, once, posted
 
 ANSWER = "Counting to forty:" + "".join(f" {number}" for number in range(1, 41))
 
@@ -25,6 +25,7 @@ class Scene(NamedTuple):
 
     example: Example
     relay: RelayProcess
+    interlude: Interlude
 
     def calls(self) -> Any:
         """How often the backend was asked; the README's own command."""
@@ -35,10 +36,11 @@ class Scene(NamedTuple):
 def scene(copy: Callable[..., Example]) -> Iterator[Scene]:
     example = copy("openai-compatible", 9000, 8080)
     with (
-        example.server("uvicorn", 9000, PACE_S="0.03"),
-        example.relay(port=example.ports[8080]) as relay,
+        example.server("uvicorn", 9000, PACE_S="0.01"),
+        Interlude.before(example.ports[9000], b'"content"') as interlude,
+        example.relay(upstream=interlude.proxy.url, port=example.ports[8080]) as relay,
     ):
-        yield Scene(example, relay)
+        yield Scene(example, relay, interlude)
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_the_sdk_reads_an_answer_through_relay(scene: Scene) -> None:
 def test_the_same_key_is_the_same_answer_and_ctrl_c_tells_how_to_go_on(scene: Scene, name: str) -> None:
     before = scene.calls()
     asking = scene.example.command("--key k1").replace("k1", name)
-    with scene.example.background(asking) as leaving:
+    with scene.interlude.holding(10), scene.example.background(asking) as leaving:
         assert leaving.stdout is not None
         shown = leaving.stdout.read(len("Counting to forty: 1 2 3"))
         leaving.send_signal(signal.SIGINT)
@@ -105,7 +107,7 @@ def test_a_stop_is_an_error_that_the_sdk_raises_and_what_was_said_is_kept(
     scene: Scene, sdk: openai.OpenAI, name: str
 ) -> None:
     stop = scene.example.command("sleep 1").replace("chat-1", name)
-    with ask(sdk, Relay_Stream=name) as stream:
+    with scene.interlude.holding(10), ask(sdk, Relay_Stream=name) as stream:
         answer = texts(stream)
         shown = list(islice(answer, 5))
         assert posted(stop)["reason"] == "client_cancel"
@@ -119,7 +121,7 @@ def test_a_stop_is_an_error_that_the_sdk_raises_and_what_was_said_is_kept(
 
 def test_the_curl_commands_stop_an_answer_by_its_name(scene: Scene) -> None:
     asking, stopping = (scene.example.command(words) for words in ("-H 'Relay-Stream", "sleep 1"))
-    with scene.example.background(asking) as curl:
+    with scene.interlude.holding(10), scene.example.background(asking) as curl:
         once(lambda: scene.relay.json("/relay/v1/streams/chat-1").get("open_runs"))
         assert posted(stopping)["reason"] == "client_cancel"
         printed, _ = curl.communicate(timeout=60)

@@ -441,6 +441,23 @@ def test_who_leaves_while_asleep_is_said_goodbye(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
+def test_who_was_let_in_before_a_drain_and_begins_after_it_is_sent_away_too(tmp_path: Path) -> None:
+    """Nobody would tell it otherwise, and the process waits for it as long as it waits for anything."""
+
+    async def test() -> None:
+        async with staged(tmp_path) as stage:
+            await stage.open()
+            readers = Readers(heartbeat_s=15, write_timeout_s=30)
+            readers.drain()
+            async with Client(stage) as client:
+                readers.add(client.reader, lambda: None)
+                async with asyncio.timeout(60):
+                    assert await client.task is ReaderEnd.DRAIN
+                assert '"bye","reason":"drain"' in client.text
+
+    asyncio.run(test())
+
+
 def test_the_visit_beats_rotates_and_cuts(tmp_path: Path) -> None:
     async def test() -> None:
         async with staged(tmp_path) as stage:

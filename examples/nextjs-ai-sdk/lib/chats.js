@@ -1,4 +1,4 @@
-import { mkdir, readFile, writeFile } from "node:fs/promises";
+import { mkdir, readFile, rename, writeFile } from "node:fs/promises";
 
 // A file for each chat, in the place of a database.
 
@@ -15,5 +15,7 @@ export async function readChat(id) {
 
 export async function saveChat(id, messages) {
   await mkdir(".chats", { recursive: true });
-  await writeFile(path(id), JSON.stringify(messages));
+  // Who reads meanwhile gets what was there before, not a half of this.
+  await writeFile(`${path(id)}.new`, JSON.stringify(messages));
+  await rename(`${path(id)}.new`, path(id));
 }
