@@ -8,15 +8,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from redis_journal import DEADLINE_S, Ear, batch, opened, opening, read_all
+from redis_journal import batch, opened, opening, read_all
 from redis_server import RedisServer
 
 from relay.cursor import ORIGIN, Cursor
-from relay.errors import StartupError
 from relay.frame import Event, run_ended, run_started
 from relay.journal.base import Append, RunOpening
-from relay.journal.redis_startup import check_info
-from relay.journal.redis_streams import RedisJournal
 from relay.lifecycle import Ending, Reason, ending
 from relay.limits import Retention
 
@@ -323,82 +320,3 @@ def test_connections_stay_three_with_many_streams_watched_and_appended_to(own_se
             await ear.until(lambda: sum(len(frames) for _, _, frames in ear.frames) >= 400)
 
     asyncio.run(scenario())
-
-
-# Starting.
-
-
-def start_error(url: str, timeout_s: float = DEADLINE_S) -> str:
-    async def scenario() -> str:
-        journal = RedisJournal(url, timeout_s=timeout_s)
-        with pytest.raises(StartupError) as caught:
-            await journal.start(Ear())
-        await journal.close()
-        return str(caught.value)
-
-    return asyncio.run(scenario())
-
-
-def test_a_url_that_is_none_is_refused() -> None:
-    assert "redis://user:password@host" in start_error("http://127.0.0.1:1/")
-    assert "no_such" in start_error("redis://127.0.0.1/0?no_such=1")
-
-
-def test_a_server_that_is_not_there_is_refused() -> None:
-    assert "cannot be reached" in start_error("redis://127.0.0.1:1/0")
-
-
-def test_a_server_that_does_not_answer_is_refused(own_server: RedisServer) -> None:
-    own_server.pause()
-    assert "cannot be reached" in start_error(own_server.url(), timeout_s=0.3)
-
-
-def test_a_server_that_wants_another_password_is_refused(own_server: RedisServer) -> None:
-    with own_server.client() as client:
-        client.config_set("requirepass", "right")
-    assert "password" in start_error(own_server.url())
-    assert "password" in start_error(f"redis://:wrong@127.0.0.1:{own_server.port}/0")
-
-    async def scenario() -> None:
-        journal = RedisJournal(f"redis://:right@127.0.0.1:{own_server.port}/0", timeout_s=DEADLINE_S)
-        await journal.start(Ear())
-        await journal.open_run(opening("s"))
-        await journal.close()
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
-def test_a_server_that_evicts_is_refused(own_server: RedisServer, policy: str) -> None:
-    with own_server.client() as client:
-        client.config_set("maxmemory-policy", policy)
-    message = start_error(own_server.url())
-    assert policy in message
-    assert "noeviction" in message
-
-
-def test_a_replica_is_refused(own_server: RedisServer) -> None:
-    with own_server.client() as client:
-        client.replicaof("127.0.0.1", 1)
-    assert "replica" in start_error(own_server.url())
-
-
-def test_cluster_mode_is_refused() -> None:
-    server = RedisServer.start("--cluster-enabled", "yes")
-    try:
-        assert "cluster mode" in start_error(server.url())
-    finally:
-        server.stop()
-
-
-@pytest.mark.parametrize(
-    ("version", "accepted"), [("6.0.16", False), ("5.0.7", False), ("6.2.0", True), ("7.2.4", True)]
-)
-def test_an_old_server_is_refused(version: str, accepted: bool) -> None:
-    """Valkey reports redis_version 7.2.4."""
-    info = {"redis_version": version, "role": "master", "maxmemory_policy": "noeviction"}
-    if accepted:
-        check_info(info, "here")
-    else:
-        with pytest.raises(StartupError, match=r"6\.2"):
-            check_info(info, "here")
