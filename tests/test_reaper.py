@@ -618,13 +618,23 @@ class Reapers:
             self._news.clear()
             await self._news.wait()
 
+    async def have_looked(self) -> None:
+        """Wait until each of them has begun and ended a tick from now on."""
+        wanted = [count + 2 for count in self._ticks]
+        while any(count < least for count, least in zip(self._ticks, wanted, strict=True)):
+            self._news.clear()
+            await self._news.wait()
+
     async def __aenter__(self) -> Reapers:
-        self._tasks = [asyncio.create_task(self._tick(reaper)) for reaper in self.all]
+        self._ticks = [0 for _ in self.all]
+        self._tasks = [asyncio.create_task(self._tick(number)) for number in range(len(self.all))]
         return self
 
-    async def _tick(self, reaper: Reaper) -> None:
+    async def _tick(self, number: int) -> None:
         while True:
-            await reaper.tick()
+            await self.all[number].tick()
+            self._ticks[number] += 1
+            self._news.set()
             await asyncio.sleep(self.pause_s)
 
     async def __aexit__(self, *error: object) -> None:
@@ -688,7 +698,7 @@ def test_an_outage_of_redis_ends_no_healthy_run(name: str) -> None:
         url = server.url()
         async with own_journal(url, name) as one, own_journal(url, name) as two:
             await open_run(one, "healthy", owner="process-0")
-            await open_run(one, "pushed", idle_timeout_s=1.5)
+            await open_run(one, "pushed", idle_timeout_s=1.7)
             async with Reapers(one, two, settings=FAST) as reapers:
                 async with heard_of(one, "pushed"):
                     await open_run(one, "before", owner="dead")
@@ -696,6 +706,7 @@ def test_an_outage_of_redis_ends_no_healthy_run(name: str) -> None:
                 server.pause()
                 await asyncio.sleep(1.5 * FAST.owner_lease_s)  # the outage itself
                 server.resume()
+                await reapers.have_looked()  # before anything is heard
                 async with heard_of(one, "pushed"):
                     await open_run(one, "after", owner="dead")
                     await over(one, "after")

@@ -83,7 +83,9 @@ async def owner_paused(
     async with fresh_sessions() as sessions:
         turns = await begin(sessions, pair, runs)
         await turns[0].client.has(rng.randint(1, 40))
-        seam.loses = lambda kind, channel, payload: not told and b":owner:" in channel
+        seam.loses = lambda kind, channel, payload: (
+            not told and kind == b"message" and b":owner:" in channel
+        )
         lost_before = seam.lost
         os.kill(pair.owner.pid, signal.SIGSTOP)
         tally.inject(PAUSED)
@@ -178,7 +180,7 @@ async def redis_away(pair: Pair, rng: Random, tally: Tally, outage: str, runs: i
             for n in range(runs - runs // 2)
         ]
         pushers = [
-            Pusher(sessions, (pair.owner.url, pair.other.url), beats, idle_timeout_s=2 * lease_s)
+            Pusher(sessions, (pair.owner.url, pair.other.url), beats, idle_timeout_s=2.8 * lease_s)
             for beats in (0, 1)
         ]
         for pusher in pushers:
