@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relay.lifecycle import (
@@ -130,7 +130,7 @@ def test_a_cut_never_splits_a_character(character, shift):
     assert len(error.encode()) <= ERROR_MAX_BYTES
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be
 @given(
     reason=st.sampled_from(Reason),
     error=st.text(st.characters(codec=None)) | st.text(min_size=1).map(lambda text: text * 5000),

@@ -23,18 +23,26 @@ UNHEARD, DEAD, RESUMED = (
 LANES = 8
 """Races run beside each other."""
 
+STEP_S = 0.002
+LEAD_MAX_S = 1.0
+
 
 class Aim:
     """How long before its rival a cancel sets out: moved by the outcome of each race, so that either wins
-    about half of them."""
+    about half of them. It is moved farther each time the same one wins again: how long either takes is the
+    machine's business, and a few races must do to find it."""
 
     def __init__(self, rng: Random, lead_s: float = 0.0) -> None:
         self.lead_s = lead_s
         self._rng = rng
+        self._most_s = STEP_S
+        self._cancelled: bool | None = None
 
     def note(self, cancelled: bool) -> None:
-        step = self._rng.uniform(0, 0.002)
-        self.lead_s = max(-0.05, min(0.05, self.lead_s + (-step if cancelled else step)))
+        self._most_s = 4 * self._most_s if cancelled is self._cancelled else STEP_S
+        self._cancelled = cancelled
+        step = self._rng.uniform(self._most_s / 2, self._most_s)
+        self.lead_s = max(-LEAD_MAX_S, min(LEAD_MAX_S, self.lead_s + (-step if cancelled else step)))
 
 
 Race = Callable[[aiohttp.ClientSession, Pair, Random, Tally, float], Awaitable[bool]]
@@ -177,7 +185,7 @@ async def cancelled_unheard(pair: Pair, rng: Random, tally: Tally, runs: int = 4
         for turn in turns:
             await turn.reader.has(len(turn.turn.said))
         seam = pair.seams[0]
-        seam.loses = lambda kind, channel, payload: b":owner:" in channel
+        seam.loses = lambda kind, channel, payload: kind == b"message" and b":owner:" in channel
         try:
             lost_before = seam.lost
             for turn in turns:

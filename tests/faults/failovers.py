@@ -25,7 +25,7 @@ from redis_server import RedisSentinel, RedisServer
 from relay_process import RelayProcess
 from scripted_upstream import ScriptedUpstream
 
-SETTINGS = FAST | {"rewind_grace_s": 2.5}
+SETTINGS = FAST | {"rewind_grace_s": 4}
 
 LITTLE_HELD_BYTES = 600
 """Two words."""

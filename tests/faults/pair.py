@@ -21,7 +21,7 @@ from scripted_upstream import ScriptedUpstream
 
 LEASE_S = 0.9
 
-FAST = {"owner_lease_s": LEASE_S, "journal_timeout_s": 1.5, "quiet_check_s": 0.5}
+FAST = {"owner_lease_s": LEASE_S, "journal_timeout_s": 3, "quiet_check_s": 0.5}
 """Settings by which the dead are found soon, and the living not taken for dead on a busy machine."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,7 +26,11 @@ class Lone:
         self.upstream = upstream
         self._journal = f"sqlite:///{path}"
         self._settings = {"owner_lease_s": LEASE_S} | settings
-        self.relay = self._start(0)
+        # Bound, and never listening: nobody else is given the port between two lives of the relay.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", 0))
+        self.relay = self._start(self._reserved.getsockname()[1])
 
     def _start(self, port: int) -> RelayProcess:
         return RelayProcess.start(
@@ -40,6 +45,7 @@ class Lone:
 
     def __exit__(self, *exc: object) -> None:
         self.relay.kill()
+        self._reserved.close()
 
 
 async def restarted(lone: Lone, rng: Random, tally: Tally, runs: int = 4) -> None:

@@ -33,7 +33,7 @@ from faults.tally import Tally
 from redis_server import RedisServer
 from scripted_upstream import ScriptedUpstream
 
-SETTINGS = FAST | {"journal_timeout_s": 3, "drain_grace_s": 2}
+SETTINGS = FAST | {"journal_timeout_s": 5, "drain_grace_s": 6}
 
 Scene = Callable[[Random, Tally], Coroutine[Any, Any, None]]
 

@@ -18,7 +18,8 @@ from scripted_upstream import ScriptedUpstream
 
 @pytest.fixture(scope="module")
 def pair(redis_server: RedisServer, upstream: ScriptedUpstream) -> Iterator[Pair]:
-    with Pair.running(redis_server, upstream, **FAST) as pair:
+    # So long that no owner is taken for dead before it was killed, whatever else the machine does.
+    with Pair.running(redis_server, upstream, **(FAST | {"owner_lease_s": 2.4})) as pair:
         yield pair
 
 

@@ -20,7 +20,7 @@ from scripted_upstream import ScriptedUpstream
 
 @pytest.fixture(scope="module")
 def pair(redis_server: RedisServer, upstream: ScriptedUpstream) -> Iterator[Pair]:
-    with Pair.running(redis_server, upstream, **FAST, drain_grace_s=2) as pair:
+    with Pair.running(redis_server, upstream, **FAST, drain_grace_s=6) as pair:
         yield pair
 
 
@@ -53,7 +53,7 @@ def test_an_outage_of_three_leases_ends_no_run_of_the_living(
     lasting_redis: RedisServer, upstream: ScriptedUpstream, seed: int, tally: Tally, outage: str
 ) -> None:
     # A process may wait so long before it sees that a connection is dead; nobody is held for dead before.
-    with Pair.running(lasting_redis, upstream, **(FAST | {"journal_timeout_s": 3})) as pair:
+    with Pair.running(lasting_redis, upstream, **(FAST | {"journal_timeout_s": 5})) as pair:
         asyncio.run(deaths.redis_away(pair, Random(seed), tally, outage))
 
 
@@ -94,5 +94,7 @@ def test_one_look_that_finds_no_lease_ends_nothing(
             assert [end["reason"] for end in turn.reader.endings()] == ["upstream_end"]
 
     # So long that the owner can renew between two looks, whatever else the machine does.
-    with Pair.running(redis_server, upstream, **(FAST | {"owner_lease_s": 2.4})) as pair:
+    # The one who looks may judge before that: what it sees then it would hold against the owner.
+    patient = FAST | {"owner_lease_s": 2.4, "journal_timeout_s": 1.5}
+    with Pair.running(redis_server, upstream, **patient) as pair:
         asyncio.run(scene(pair))

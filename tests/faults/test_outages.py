@@ -19,8 +19,9 @@ from redis_server import RedisServer
 from relay_process import RelayProcess
 from scripted_upstream import Exchange, Gate, ScriptedUpstream
 
-TIMEOUT_S = 1.5
-"""Short, but long enough for a busy machine: relay asks Redis within it when it starts."""
+TIMEOUT_S = 3
+"""Short, but long enough for a busy machine, and a Redis that waits for its disk: relay asks Redis within it
+when it starts."""
 
 STREAMS = 6
 WORDS = [f"word-{n:03}" for n in range(60)]

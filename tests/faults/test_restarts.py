@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -28,25 +30,34 @@ def test_the_idle_timeout_of_a_pushed_run_counts_from_the_restart(
     tmp_path: Path, upstream: ScriptedUpstream, name: str
 ) -> None:
     """Nobody could be heard while nobody listened."""
-    idle_timeout_s = 2.5
+    idle_timeout_s, file = 30, tmp_path / "relay.db"
 
     async def scene(lone: Lone) -> None:
         producer = Producer(lone.relay, name, idle_timeout_s=idle_timeout_s)
         assert producer.push("one", Relay_Seq="1").json["next_seq"] == 2
+        silent = Producer(lone.relay, f"{name}-silent", idle_timeout_s=0.5)
         lone.relay.kill()
-        await asyncio.sleep(idle_timeout_s)  # away for as long as it may be silent
+        away_for(2 * idle_timeout_s)
         await lone.restart()
         assert producer.push("two", Relay_Seq="2").json["next_seq"] == 3
 
         async def is_over() -> bool:
-            run = lone.relay.json(f"/relay/v1/streams/{name}/runs/{producer.run}")
+            run = lone.relay.json(f"/relay/v1/streams/{silent.stream}/runs/{silent.run}")
             return bool(run["status"] != "open")
 
         await until(is_over)
+        assert whole_run(lone.relay, silent.stream).outcome == ("lost", "idle_timeout")
+        assert silent.push("one").problem == (409, "run_ended")
+        assert producer.push(end="completed").status == 200
         record = whole_run(lone.relay, name)
-        assert record.outcome == ("lost", "idle_timeout")
+        assert record.outcome == ("completed", "producer_end")
         assert record.texts == ["one", "two"]
-        assert producer.push("three", Relay_Seq="3").problem == (409, "run_ended")
 
-    with Lone(tmp_path / "relay.db", upstream) as lone:
+    def away_for(seconds: float) -> None:
+        """Make everything that the file remembers of its runs so much older."""
+        with closing(sqlite3.connect(file)) as db, db:
+            for time_ms in ("started_ms", "last_ms", "heard_ms", "due_ms"):
+                db.execute(f"UPDATE runs SET {time_ms} = {time_ms} - ?", (seconds * 1000,))
+
+    with Lone(file, upstream) as lone:
         asyncio.run(scene(lone))

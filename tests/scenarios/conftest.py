@@ -112,9 +112,9 @@ def instances(
 def hurried(
     own_url: Callable[[], str], upstream: ScriptedUpstream, receiver: Receiver
 ) -> Iterator[RelayProcess]:
-    """A relay that waits for nobody long, and takes small frames only."""
+    """A relay that goes on for nobody, and takes small frames only."""
     with RelayProcess.start(
-        journal=own_url(), upstream=upstream.url, upstream_idle_s=0.5, abandon_s=0.3,
-        frame_max_bytes=2000, **LEASED, **receiver.settings,
+        journal=own_url(), upstream=upstream.url, abandon_s=0.3, frame_max_bytes=2000,
+        **LEASED, **receiver.settings,
     ) as process:  # fmt: skip
         yield process

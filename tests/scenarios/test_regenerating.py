@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from producing import Producer, ask
@@ -12,6 +13,8 @@ from run_record import whole_run
 from scenarios.acting import agent, cancel, events_of, kinds, rest_of, transcript, until
 from scripted_upstream import ScriptedUpstream
 from tcp_proxy import TcpProxy
+
+DEADLINE_S = 60
 
 
 def rendered(blocks: list[Block]) -> str:
@@ -64,10 +67,11 @@ def test_a_regenerate_that_tabs_saw_only_after_a_refresh_is_seen_live_in_every_t
         newer = "newer" if route == "pushed" else ""
         replaying = threading.Thread(target=read_behind, daemon=True)
         replaying.start()
-        lag = 0
+        lag, deadline = 0, time.monotonic() + DEADLINE_S
         while not lag:
+            assert time.monotonic() < deadline, "nobody is behind"
             readers = other.json("/relay/v1/diagnostics")["readers"]
-            lag = max(reader["lag"] for reader in readers if reader["stream"] == name)
+            lag = max((reader["lag"] for reader in readers if reader["stream"] == name), default=0)
         if route == "pushed":
             opened = ask(one.port, "POST", f"{name}/runs", {"run": newer, "supersedes": "latest"}).json
             assert (opened["superseded"], opened["frames_after"]) == ([older.run], 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -95,8 +96,7 @@ def proxied(dialect: str, then: Sequence[bytes] = (), *, whole: bool = True, act
 async def go_on(exchange: Exchange) -> None:
     """Say the text, and then go on and on without a word."""
     await exchange.head()
-    for text in TEXT:
-        await exchange.chunk(said("raw", text))
+    await exchange.chunk(b"".join(said("raw", text) for text in TEXT))
     while True:
         await exchange.chunk(b": still here\n\n")
         await asyncio.sleep(0.1)
@@ -105,9 +105,24 @@ async def go_on(exchange: Exchange) -> None:
 def endless(scene: Scene) -> Told:
     """An agent that never ends, and somebody who reads on."""
     scene.upstream.on(f"/{scene.name}", go_on)
-    relay = scene.start(journal=scene.own_url(), max_run_s=0.3)
+    relay = scene.start(journal=scene.own_url(), max_run_s=1)
     with Reading(f"{relay.url}/{scene.name}", Relay_Stream=scene.name) as page:
         return Told(relay, page.headers["relay-run"], "raw", rest_of(page))
+
+
+def fallen_silent(scene: Scene) -> Told:
+    """An agent that has said the text, at once, and says nothing more."""
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.head()
+        await exchange.chunk(b"".join(said("openai-chat", text) for text in TEXT))
+        await exchange.closed()
+
+    path = f"/{scene.name}/chat/completions"
+    scene.upstream.on(path, handler)
+    relay = scene.start(journal=scene.own_url(), upstream_idle_s=1)
+    with Reading(relay.url + path, Relay_Stream=scene.name) as page:
+        return Told(relay, page.headers["relay-run"], "openai-chat", rest_of(page))
 
 
 def abandoned(scene: Scene) -> Told:
@@ -117,11 +132,11 @@ def abandoned(scene: Scene) -> Told:
         return Told(scene.relay, page.headers["relay-run"], "raw", page.take(len(TEXT)))
 
 
-def pushed(act: Callable[[Producer], object], **wishes: Any) -> Play:
+def pushed(act: Callable[[Producer], object]) -> Play:
     """A producer's run: the text, and what `act` does then."""
 
     def play(scene: Scene) -> Told:
-        producer = Producer(scene.relay, scene.name, **wishes)
+        producer = Producer(scene.relay, scene.name)
         with events_of(scene.relay, scene.name, f"run={producer.run}") as tab:
             producer.push(*TEXT)
             act(producer)
@@ -130,14 +145,18 @@ def pushed(act: Callable[[Producer], object], **wishes: Any) -> Play:
     return play
 
 
-def in_one_request(then: Callable[[LongBody], object]) -> Play:
-    """A run in one body, that goes on with `then`."""
+def in_one_request(then: Callable[[LongBody], object], idle_timeout_s: float = 0) -> Play:
+    """A run in one body, that goes on with `then`. With an idle timeout it has a name, by which another
+    request might go on with it."""
 
     def play(scene: Scene) -> Told:
         target = f"/relay/v1/streams/{scene.name}/runs?end=completed"
+        if idle_timeout_s:
+            target += f"&run={scene.name}&idle_timeout_s={idle_timeout_s}"
         body = LongBody(scene.relay.port, target, "application/x-ndjson")
         try:
-            body.lines(*TEXT)
+            # In one piece: a run that may be silent only so long has all of it, or nothing.
+            body.send(b"".join(json.dumps({"data": text}).encode() + b"\n" for text in TEXT))
             with events_of(scene.relay, scene.name) as tab:
                 shown = tab.take(len(TEXT) + 3)  # hello, live and run.started
             then(body)
@@ -187,7 +206,7 @@ ENDINGS: list[tuple[Reason, str, Play]] = [
     (Reason.UPSTREAM_TRUNCATED, "openai", proxied("openai-chat")),
     (Reason.UPSTREAM_TRUNCATED, "in one request", in_one_request(LongBody.cut)),
     (Reason.UPSTREAM_ERROR, "openai", proxied("openai-chat", [b'data: {"error": {"message": "no"}}\n\n'])),
-    (Reason.UPSTREAM_TIMEOUT, "openai", proxied("openai-chat", whole=False)),
+    (Reason.UPSTREAM_TIMEOUT, "openai", fallen_silent),
     (Reason.PRODUCER_FAILED, "pushed", pushed(ends(status="failed", error="no"))),
     (Reason.FRAME_TOO_LARGE, "openai", proxied("openai-chat", [chunk_of("x" * 2000)])),
     (Reason.FRAME_TOO_LARGE, "in one request", in_one_request(lambda body: body.lines("x" * 2001))),
@@ -210,7 +229,7 @@ ENDINGS: list[tuple[Reason, str, Play]] = [
     (Reason.ABANDONED, "raw", abandoned),
     (Reason.MAX_RUN, "raw", endless),
     (Reason.OWNER_LOST, "openai", by_process(RelayProcess.kill)),
-    (Reason.IDLE_TIMEOUT, "pushed", pushed(lambda producer: None, idle_timeout_s=0.3)),
+    (Reason.IDLE_TIMEOUT, "in one request", in_one_request(LongBody.cut, idle_timeout_s=0.3)),
     (Reason.JOURNAL_LOST, "openai", without_journal),
     (Reason.SHUTDOWN, "openai", by_process(RelayProcess.stop, drain_grace_s=0.1)),
 ]
@@ -231,7 +250,7 @@ def scene(
             return stack.enter_context(RelayProcess.start(**given))
 
         def away() -> tuple[RelayProcess, Callable[[], None], Callable[[], None]]:
-            url, short = own_url(), {"journal_timeout_s": 0.5, "journal_deadline_s": 0.5, "owner_lease_s": 60}
+            url, short = own_url(), {"journal_timeout_s": 1.5, "journal_deadline_s": 1, "owner_lease_s": 60}
             if url.startswith("sqlite"):
                 relay = start(journal=url, **short)
                 unlimited = resource.prlimit(relay.pid, resource.RLIMIT_FSIZE)
@@ -300,16 +319,17 @@ def test_p3_a_transcript_is_handed_over_though_the_first_tries_fail_and_relay_is
         await exchange.answer("500 Internal Server Error", b"")
 
     upstream.on(f"/{name}-receiver", refuse)
-    journal = fresh_journal()
+    # Apart from other relays on one Redis: whoever of them looks next would take the delivery.
+    own: dict[str, Any] = {"journal": fresh_journal(), "redis_prefix": name}
     refused = receiver.settings | {"webhook_url": f"{upstream.url}/{name}-receiver"}
-    with RelayProcess.start(journal=journal, **refused) as relay:
+    with RelayProcess.start(**own, **refused) as relay:
         producer = Producer(relay, name)
         producer.push("what was said", end="completed")
         assert tried.wait(DEADLINE_S)
         relay.logged_line(f"run={producer.run} tries=1 again_s")
         Producer(relay, name)  # written behind the note that the try failed
         relay.kill()
-    with RelayProcess.start(journal=journal, **receiver.settings) as relay:
+    with RelayProcess.start(**own, **receiver.settings) as relay:
         handed_over = receiver.handed_over(producer.run)
         assert handed_over == transcript(relay, name, producer.run)
     assert handed_over["text"] == "what was said"
