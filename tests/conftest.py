@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from redis_server import RedisServer
 from relay_process import RelayProcess
 from scripted_upstream import ScriptedUpstream
@@ -16,6 +17,10 @@ NODE_MODULES = Path(__file__).parent / "js" / "node_modules"
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes, or how long it takes to make one up, is the machine's business alone.
+settings.register_profile("relay", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("relay")
 
 
 @pytest.fixture(scope="session")
