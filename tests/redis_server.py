@@ -5,26 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Self
 
 import redis
+from steady_port import steady_port
 
 READY_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 30.0
-
-
-def _free_port() -> int:
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class RedisServer:
@@ -43,7 +35,7 @@ class RedisServer:
         if binary is None:
             raise AssertionError("These tests need a real Redis: install redis-server 6.2 or newer.")
         for attempt in range(3):  # a free port may be taken by somebody else before the server binds it
-            server = cls(binary, Path(tempfile.mkdtemp(prefix="relay-redis-")), _free_port(), extra_args)
+            server = cls(binary, Path(tempfile.mkdtemp(prefix="relay-redis-")), steady_port(), extra_args)
             try:
                 server._launch()
             except RuntimeError:
@@ -120,7 +112,9 @@ class RedisServer:
             try:
                 with redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=5) as client:
                     client.ping()
-                return
+                    if client.info("server")["process_id"] == self._process.pid:
+                        return
+                # Somebody else took the port, and ours is about to say so.
             except (redis.AuthenticationError, redis.exceptions.NoPermissionError):
                 return  # it answers; who may speak to it is the test's business
             except redis.ResponseError as error:
