@@ -8,7 +8,7 @@ import select
 import socket
 from typing import Any, NamedTuple, Self
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 
 
 class RawAnswer(NamedTuple):
