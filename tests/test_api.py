@@ -22,6 +22,9 @@ from tcp_proxy import TcpProxy
 
 DEADLINE_S = 60
 
+CUT = (OSError, http.client.HTTPException)
+"""What a reader meets whose connection was cut."""
+
 
 class Agent:
     """An answer in a named stream (or in a fresh one), one frame a `say`. It stays open until `end`."""
@@ -680,19 +683,16 @@ def test_p2_two_tabs_one_late_and_one_cut_often_have_identical_text(
         def cut_often() -> None:
             last = ""
             while "<run.ended>" not in seen:
-                reading = Reading(
-                    f"{cutting.url}/relay/v1/streams/{name}/events?run=current",
-                    **({"Last_Event_ID": last} if last else {}),
-                )
-                with reading:
+                url = f"{cutting.url}/relay/v1/streams/{name}/events?run=current"
+                headers = {"Last_Event_ID": last} if last else {}
+                with contextlib.suppress(*CUT), Reading(url, **headers) as reading:
                     assert reading.status == 200
-                    with contextlib.suppress(OSError, http.client.HTTPException):
-                        for block in reading.blocks():
-                            last = block.id
-                            if block.control is None or block.control["type"].startswith("run."):
-                                seen.extend(shape([block]))
+                    for block in reading.blocks():
+                        last = block.id
+                        if block.control is None or block.control["type"].startswith("run."):
+                            seen.extend(shape([block]))
 
-        tab = threading.Thread(target=cut_often)
+        tab = threading.Thread(target=cut_often, daemon=True)
         tab.start()
         agent.say(*said)
         with Reading(f"{agent.events}?run=current") as late:
@@ -834,14 +834,14 @@ def test_p6_a_reader_that_takes_nothing_is_cut_and_resumes_with_nothing_lost(
         stalled = Reading(url, Accept_Encoding="identity")
         until_metric(relay, 'relay_readers_ended_total{reason="slow"}', lambda value: value > 0)
         seen: list[Block] = []
-        with contextlib.suppress(OSError, http.client.HTTPException):  # it was cut
+        with contextlib.suppress(*CUT):
             seen.extend(stalled.blocks())
         stalled.cut()
         assert len(seen) < len(said)
         assert relay.metric("relay_ring_bytes") < 1_000_000
         while shape(seen[-1:]) != ["<run.ended>"]:
             with (
-                contextlib.suppress(OSError, http.client.HTTPException),  # as it may be again
+                contextlib.suppress(*CUT),  # as it may be again
                 Reading(url, Last_Event_ID=seen[-1].id) as reading,
             ):
                 for block in reading.blocks():
