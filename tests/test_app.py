@@ -201,7 +201,7 @@ def test_a_stream_that_begins_while_the_journal_is_away_is_refused_and_upstream_
     upstream.on(f"/{name}", handler)
     upstream.on(f"/{name}/plain", plain)
     with RelayProcess.start(
-        journal=own_redis.url(), upstream=upstream.url, journal_timeout_s=0.3, journal_deadline_s=1
+        journal=own_redis.url(), upstream=upstream.url, journal_timeout_s=1, journal_deadline_s=1
     ) as relay:
         own_redis.kill()
         answer = ask(relay, "POST", f"/{name}", body=b"{}")
@@ -250,7 +250,7 @@ def test_a_stream_that_begins_while_the_journal_is_away_may_pass_unjournaled_and
 ) -> None:
     upstream.on_stream(f"/{name}", [b"id: up-1\ndata: one\n\n"])
     with RelayProcess.start(
-        journal=own_redis.url(), upstream=upstream.url, journal_timeout_s=0.3, journal_down="passthrough"
+        journal=own_redis.url(), upstream=upstream.url, journal_timeout_s=1, journal_down="passthrough"
     ) as relay:
         own_redis.kill()
         for key in ([], ["Idempotency-Key: k"]):
@@ -280,7 +280,7 @@ def test_p3_a_run_whose_opening_was_not_answered_ends_when_the_journal_is_back(
     with (
         TcpProxy.running(own_redis.port, to_client=reply) as proxy,
         RelayProcess.start(
-            journal=f"redis://127.0.0.1:{proxy.port}/0", upstream=upstream.url, journal_timeout_s=0.5
+            journal=f"redis://127.0.0.1:{proxy.port}/0", upstream=upstream.url, journal_timeout_s=1
         ) as relay,
     ):
         assert ask(relay, "GET", f"/{name}").status == 200  # Redis knows the scripts from now on

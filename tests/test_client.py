@@ -583,7 +583,7 @@ def test_p5_a_push_waits_for_a_journal_that_is_away(name: str) -> None:
             assert refused.problem == (503, "journal_unavailable")
 
     try:
-        with RelayProcess.start(journal=server.url(), journal_timeout_s=0.3) as relay:
+        with RelayProcess.start(journal=server.url(), journal_timeout_s=1) as relay:
             go(push(relay))
             record = whole_run(relay, name)
     finally:
