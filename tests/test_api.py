@@ -678,6 +678,7 @@ def test_p2_two_tabs_one_late_and_one_cut_often_have_identical_text(
     said = [f"word-{n}-{'x' * (n % 50)}" for n in range(300)]
     agent = Agent(relay, upstream, name)
     seen: list[str] = []
+    began = threading.Event()
     with TcpProxy.running(relay.port, lambda number: 400 + 97 * number) as cutting:
 
         def cut_often() -> None:
@@ -689,6 +690,7 @@ def test_p2_two_tabs_one_late_and_one_cut_often_have_identical_text(
                     assert reading.status == 200
                     for block in reading.blocks():
                         last = block.id
+                        began.set()
                         if block.control is None or block.control["type"].startswith("run."):
                             seen.extend(shape([block]))
 
@@ -697,6 +699,7 @@ def test_p2_two_tabs_one_late_and_one_cut_often_have_identical_text(
         agent.say(*said)
         with Reading(f"{agent.events}?run=current") as late:
             blocks = late.take(150)
+            assert began.wait(DEADLINE_S)  # without a cursor it would find no current run any more
             agent.end()
             blocks += until(late.blocks(), "run.ended")
         tab.join(DEADLINE_S)
