@@ -117,15 +117,15 @@ class _Bench:
         done = producers.ask("end")
         used, calls = cpu.used_s(), commands.run()
         self._lab.stop(producers)
-        frames, seconds = done["sent"], done["seconds"]
-        if done["appended"] != frames:
-            raise RuntimeError(f"{label}: {frames} frames were sent, and {done['appended']} appended")
+        if done["appended"] != done["sent"]:
+            raise RuntimeError(f"{label}: {done['sent']} frames were sent, and {done['appended']} appended")
+        frames, seconds = max(1, done["sent"]), done["seconds"]  # 0 where a quick run was held up
         figures = {
             "frames_per_s": frames / seconds,
             "cpu_us": used["relay"] / frames * 1e6,
             "redis_us": used["redis"] / frames * 1e6,
             "redis_calls": sum(calls.values()) / frames,
-            "frames_per_append": frames / calls["publish"],
+            "frames_per_append": frames / max(1, calls.get("publish", 0)),
             "producers_cpu": used["producers"] / seconds,
             "others_cpu": used["others"] / seconds,
         }

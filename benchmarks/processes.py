@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import random
 import re
 import resource
 import shutil
@@ -338,10 +339,12 @@ def _url_in(line: str) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    # Below those that a system gives to whoever does not care, or somebody could have it before its server.
+    while True:
+        port = random.SystemRandom().randrange(10_000, 20_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _await_port(port: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from held_port import held_port
 from hypothesis import HealthCheck, settings
 from redis_server import RedisServer
 from relay_process import RelayProcess
@@ -72,6 +73,13 @@ def fresh_journal(journal_url: str, tmp_path: Path, redis_server: RedisServer) -
         return journal_url
 
     return make
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port for servers of this test alone, that is there for one after the other."""
+    with held_port() as number:
+        yield number
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import jwt
+from relay_process import RelayProcess
 
 PRODUCER_KEY = "producer-key-0123456789"
 ADMIN_KEY = "admin-key-0123456789"
@@ -55,3 +57,14 @@ def ask(url: str, method: str, path: str, body: bytes | None = None, **headers: 
         return Answer(response.status, got, response.read())
     finally:
         connection.close()
+
+
+def asked_too_often(relay: RelayProcess, headers: Callable[[int], dict[str, str]]) -> list[Answer]:
+    """The answers to requests as fast as they can be made, each with headers of its number, up to the first
+    that is refused as one too many. A pause that the system makes lets more of them in."""
+    answers: list[Answer] = []
+    while not answers or answers[-1].status == 200:
+        assert len(answers) < 1000, "whoever asks too often is let in"
+        answers.append(ask(relay.url, "GET", "/relay/healthz", **headers(len(answers))))
+    assert answers[-1].status == 429
+    return answers

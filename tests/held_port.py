@@ -7,14 +7,18 @@ import socket
 from collections.abc import Iterator
 
 
-def hold_port() -> socket.socket:
-    """A socket that holds a free port until it is closed. The system gives the port to nobody who asks for
+def hold_port(most: int = 65_535) -> socket.socket:
+    """A socket that holds a free port, `most` or lower, until it is closed. The system gives the port to nobody who asks for
     any, and refuses connections to it; who is told its number can listen there, as often as he likes, because
     servers set SO_REUSEADDR too."""
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind(("127.0.0.1", 0))
-    return holder
+    with contextlib.ExitStack() as too_high:  # held meanwhile, so that they are not given again
+        while True:
+            holder = socket.socket()
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", 0))
+            if holder.getsockname()[1] <= most:
+                return holder
+            too_high.enter_context(holder)
 
 
 @contextlib.contextmanager

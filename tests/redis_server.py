@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Self
 
 import redis
+from held_port import hold_port
 
 READY_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 30.0
@@ -24,24 +23,15 @@ PORT_MAX = 55_535
 """The bus of a cluster is 10,000 above."""
 
 
-def _free_port() -> int:
-    with ExitStack() as held:  # those that are too high, so that they are not given again
-        while True:
-            listener = held.enter_context(closing(socket.socket()))
-            listener.bind(("127.0.0.1", 0))
-            port: int = listener.getsockname()[1]
-            if port <= PORT_MAX:
-                return port
-
-
 class RedisServer:
     """One redis-server process. Extra `--option value` arguments override the default of no persistence."""
 
-    def __init__(self, binary: str, directory: Path, port: int, extra_args: tuple[str, ...]) -> None:
+    def __init__(self, binary: str, extra_args: tuple[str, ...]) -> None:
         self._binary = binary
-        self._directory = directory
+        self._directory = Path(tempfile.mkdtemp(prefix="relay-redis-"))
         self._extra_args = extra_args
-        self.port = port
+        self._holder = hold_port(PORT_MAX)
+        self.port: int = self._holder.getsockname()[1]
         self._process: subprocess.Popen[bytes] | None = None
 
     @classmethod
@@ -49,17 +39,13 @@ class RedisServer:
         binary = shutil.which("redis-server")
         if binary is None:
             raise AssertionError("These tests need a real Redis: install redis-server 6.2 or newer.")
-        for attempt in range(3):  # a free port may be taken by somebody else before the server binds it
-            server = cls(binary, Path(tempfile.mkdtemp(prefix="relay-redis-")), _free_port(), extra_args)
-            try:
-                server._launch()
-            except RuntimeError:
-                server.stop()
-                if attempt == 2:
-                    raise
-            else:
-                return server
-        raise AssertionError("unreachable")
+        server = cls(binary, extra_args)
+        try:
+            server._launch()
+        except BaseException:
+            server.stop()
+            raise
+        return server
 
     @property
     def pid(self) -> int:
@@ -97,6 +83,7 @@ class RedisServer:
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)  # a paused process would not see the next one
             self._end(signal.SIGTERM)
+        self._holder.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def kill(self) -> None:
@@ -128,9 +115,7 @@ class RedisServer:
             try:
                 with redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=5) as client:
                     client.ping()
-                    # Somebody else's server may have taken the port, and this one not have ended for it yet.
-                    if client.info("server")["process_id"] == self._process.pid:
-                        return
+                    return
             except (redis.AuthenticationError, redis.exceptions.NoPermissionError):
                 return  # it answers; who may speak to it is the test's business
             except redis.ResponseError as error:

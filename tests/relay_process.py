@@ -111,6 +111,23 @@ class RelayProcess:
                 return float(line.rsplit(" ", 1)[1])
         return 0.0
 
+    def until(self, holds: Callable[[], bool], what: str) -> None:
+        """Wait for what relay comes to in its own time."""
+        deadline = time.monotonic() + START_DEADLINE_S
+        while not holds():
+            assert time.monotonic() < deadline, f"not in time: {what}"
+            time.sleep(0.01)
+
+    def await_waiting_client(self) -> None:
+        """Until somebody waits for a stream to be created: who does is counted among the readers, and is none
+        that is listed. Readers that left may still be both, and be gone at the next look."""
+
+        def waits() -> bool:
+            listed = len(self.json("/relay/v1/diagnostics")["readers"])
+            return self.metric("relay_readers_open") > listed
+
+        self.until(waits, "somebody waits for a stream")
+
     def logged_line(self, words: str, *, since: int = 0) -> str:
         """The line of the log, from line `since` on, that holds these words; it comes through a pipe, when it
         comes."""

@@ -163,9 +163,13 @@ class ScriptedUpstream:
 
         self.on(path, handler)
 
+    def requests(self, path: str) -> list[Received]:
+        """What a path was asked; of all else that is received something may still come of an earlier test."""
+        return [request for request in self.received if request.target.partition("?")[0] == path]
+
     def calls(self, path: str) -> int:
         """How often a path was requested."""
-        return sum(request.target.partition("?")[0] == path for request in self.received)
+        return len(self.requests(path))
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

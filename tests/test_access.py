@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from guarded import ADMIN_KEY, PRODUCER_KEY, SECRET, SETTINGS, ask, bearer, token
+from guarded import ADMIN_KEY, PRODUCER_KEY, SECRET, SETTINGS, ask, asked_too_often, bearer, token
 from raw_client import RawClient
 from reading import Reading
 from relay_process import RelayProcess
@@ -324,7 +324,8 @@ def test_nothing_but_a_token_becomes_a_cookie(guarded: RelayProcess, stream: str
 def test_a_reader_whose_token_expires_is_told_and_not_let_in_again(
     guarded: RelayProcess, stream: str
 ) -> None:
-    reads = token(stream, life_s=2)
+    # It has expired, by less than clocks may be apart: it is taken for four seconds more.
+    reads = token(stream, life_s=-1)
     with events(guarded, stream, **bearer(reads)) as reading:
         assert bye_of(reading) == "revoked"
     expired = token(stream, life_s=-60)
@@ -348,7 +349,8 @@ def test_upstream_sees_its_own_credentials_and_none_of_relays(
         Cookie=f"session=1; relay_token={token(name)}; theme=dark",
     ) as reading:
         reading.frames()
-    seen = dict(next(request for request in upstream.received if request.target == f"/{name}").headers)
+    (received,) = upstream.requests(f"/{name}")
+    seen = dict(received.headers)
     assert seen["authorization"] == "Bearer the-application's"
     assert seen["cookie"] == "session=1; theme=dark"
     assert not any(header.startswith("relay-") for header in seen)
@@ -733,9 +735,9 @@ def test_limits_of_requests_and_readers_hold_for_each_client_and_stream(
         for reading in open_readers:
             assert reading.status == 200
             reading.cut()
-        answers = [ask(relay.url, "GET", "/relay/healthz", X_Forwarded_For="192.0.2.9") for _ in range(14)]
-        assert [answer.status for answer in answers[:10]] == [200] * 10
-        assert (answers[-1].status, answers[-1].code) == (429, "too_many_requests")
+        answers = asked_too_often(relay, lambda number: {"X_Forwarded_For": "192.0.2.9"})
+        assert len(answers) > 10
+        assert answers[-1].code == "too_many_requests"
         assert int(answers[-1].headers["retry-after"]) >= 1
         assert ask(relay.url, "GET", "/relay/healthz", X_Forwarded_For="192.0.2.10").status == 200
 

@@ -171,7 +171,7 @@ def test_p2_a_cursor_that_was_stored_goes_on_in_another_process(relay: RelayProc
 
 
 def test_p2_a_reader_lives_through_a_relay_that_is_killed(
-    fresh_journal: Callable[[], str], name: str
+    fresh_journal: Callable[[], str], name: str, port: int
 ) -> None:
     journal = fresh_journal()
     frames: list[Frame] = []
@@ -182,7 +182,7 @@ def test_p2_a_reader_lives_through_a_relay_that_is_killed(
             frames.append(frame)
             began.set()
 
-    with RelayProcess.start(journal=journal) as relay:
+    with RelayProcess.start(journal=journal, port=port) as relay:
         reading = threading.Thread(target=lambda: go(follow(relay.url)), daemon=True)
         reading.start()
         pushed(relay, name, "one")
@@ -352,7 +352,7 @@ def test_a_connection_that_is_silent_is_left(upstream: ScriptedUpstream, name: s
     async def handler(exchange: Exchange) -> None:
         asked.append(exchange.received.header("last-event-id"))
         await exchange.head("200 OK", "application/x-ndjson")
-        if len(asked) == 1:
+        if asked[-1] is None:
             await exchange.chunk(json.dumps(line(1, "a")).encode() + b"\n" + b'{"id": "2-')
             await exchange.closed()
         else:
@@ -363,7 +363,8 @@ def test_a_connection_that_is_silent_is_left(upstream: ScriptedUpstream, name: s
 
     upstream.on(path, handler)
     assert texts(go(read(upstream.url, name, silence_s=0.2))) == ["a", "b"]
-    assert asked == [None, "1-1"]
+    # Where we are slow it may be left more often.
+    assert (asked[0], asked[-1], set(asked)) == (None, "1-1", {None, "1-1"})
 
 
 # --- pushing ------------------------------------------------------------------------------------------
@@ -562,13 +563,14 @@ def test_p5_what_is_pushed_over_connections_that_break_is_journaled_once(
     assert (record.texts, record.outcome) == (said, ("completed", "producer_end"))
 
 
-def test_p5_a_push_goes_on_when_relay_was_killed(fresh_journal: Callable[[], str], name: str) -> None:
+def test_p5_a_push_goes_on_when_relay_was_killed(
+    fresh_journal: Callable[[], str], name: str, port: int
+) -> None:
     """With a journal of its own kind: a run of Redis outlives the relay that took it."""
     journal, said = fresh_journal(), words(30)
-    relays = [RelayProcess.start(journal=journal)]
+    relays = [RelayProcess.start(journal=journal, port=port)]
 
     async def push() -> None:
-        port = relays[0].port
         async with Producer(relays[0].url, name) as producer:
             for number, each in enumerate(said):
                 await producer.send(each)
@@ -603,7 +605,7 @@ def test_p5_a_push_waits_for_a_journal_that_is_away(name: str) -> None:
             assert refused.problem == (503, "journal_unavailable")
 
     try:
-        with RelayProcess.start(journal=server.url(), journal_timeout_s=0.3) as relay:
+        with RelayProcess.start(journal=server.url(), journal_timeout_s=1) as relay:
             go(push(relay))
             record = whole_run(relay, name)
     finally:
@@ -637,18 +639,20 @@ def test_p6_a_producer_holds_no_more_than_two_batches(
     assert whole_run(relay, name).texts == [str(number) for number in range(100)]
 
 
-def test_a_silent_producer_is_kept_alive(relay: RelayProcess, name: str) -> None:
-    """Longer than another one of the same patience that says nothing."""
+def test_a_silent_producer_is_kept_alive(fresh_journal: Callable[[], str], name: str) -> None:
+    """Longer than another one of the same patience that says nothing. Nobody else looks for silent runs here:
+    while the relay that hears of them is held up, another one would find both."""
 
-    async def push() -> None:
+    async def push(relay: RelayProcess) -> None:
         async with Producer(relay.url, name, idle_timeout_s=1) as producer:
             silent = await asyncio.to_thread(producing.Producer, relay, f"{name}-silent", idle_timeout_s=1)
             ended = await read(relay.url, silent.stream, run=silent.run, control="events")
             assert '"idle_timeout"' in ended[-2].data
             await producer.send("one")
 
-    go(push())
-    record = whole_run(relay, name)
+    with RelayProcess.start(journal=fresh_journal(), redis_prefix=name, owner_lease_s=1.5) as relay:
+        go(push(relay))
+        record = whole_run(relay, name)
     assert (record.texts, record.outcome) == (["one"], ("completed", "producer_end"))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from producing import Producer, ask
+from producing import DEADLINE_S, Producer, ask
 from reading import Reading
 from relay_process import RelayProcess
 from run_record import whole_run
@@ -126,10 +126,8 @@ def test_a_reader_is_shown_with_its_lag_while_it_is_open_and_with_its_reason_the
         assert (up_to_date["lag"], up_to_date["blocked_s"]) == (0, 0)
         assert int(up_to_date["cursor"].partition("-")[0]) == 151
         assert int(behind["cursor"].partition("-")[0]) == 151 - behind["lag"]
-        while not of(relay, "readers", name)[0]["blocked_s"]:
-            pass  # until the connection takes no more
-    while len(of(relay, "ended_readers", name)) < 2:
-        pass
+        relay.until(lambda: bool(of(relay, "readers", name)[0]["blocked_s"]), "the connection takes no more")
+    relay.until(lambda: len(of(relay, "ended_readers", name)) == 2, "both are known to have left")
     assert {entry["reason"] for entry in of(relay, "ended_readers", name)} == {"client_closed"}
     assert of(relay, "readers", name) == []
     producer.push(end="completed")
@@ -137,8 +135,7 @@ def test_a_reader_is_shown_with_its_lag_while_it_is_open_and_with_its_reason_the
         assert whole.status == 204
     with Reading(f"{events}?run={producer.run}") as whole:
         last = list(whole.blocks())[-1]
-    while len(of(relay, "ended_readers", name)) < 3:
-        pass
+    relay.until(lambda: len(of(relay, "ended_readers", name)) == 3, "it has ended")
     entry = of(relay, "ended_readers", name)[-1]
     assert TIME.fullmatch(entry.pop("at"))
     assert entry == {"stream": name, "run": producer.run, "reason": "ended", "cursor": last.id}
@@ -189,8 +186,15 @@ def test_the_lists_of_several_workers_keep_their_order_and_their_bounds() -> Non
 
 def test_a_worker_that_does_not_answer_is_shown_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second holds a run; the third is not there; the fourth stands still."""
-    monkeypatch.setattr("relay.diagnostics.ANSWER_S", 0.5)
     held = {"run": "r", "silent_s": 1}
+    ask = Colleagues._ask
+
+    async def ask_patiently(self: Colleagues, number: int) -> dict[str, Any]:
+        # Whoever answers has all the time there is, however slow the machine.
+        monkeypatch.setattr("relay.diagnostics.ANSWER_S", 0.1 if number == 4 else DEADLINE_S)
+        return await ask(self, number)
+
+    monkeypatch.setattr(Colleagues, "_ask", ask_patiently)
 
     async def asked() -> dict[str, Any]:
         directory = str(tmp_path)

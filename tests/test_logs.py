@@ -18,7 +18,7 @@ from producing import DEADLINE_S, Producer, ask
 from reading import Reading
 from relay_process import RelayProcess
 from run_record import whole_run
-from scripted_upstream import Exchange, Received, ScriptedUpstream
+from scripted_upstream import Exchange, ScriptedUpstream
 
 from relay.logs import JsonLines, TextLines, set_up
 from relay.trace import TRACE_ID, trace_id_of
@@ -153,11 +153,6 @@ def line_of(relay: RelayProcess, message: str, **members: Any) -> dict[str, Any]
     return line
 
 
-def requests(upstream: ScriptedUpstream, path: str) -> list[Received]:
-    """What upstream was asked under a path."""
-    return [request for request in upstream.received if request.target.partition("?")[0] == path]
-
-
 @pytest.fixture(scope="module")
 def telling(
     journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
@@ -183,7 +178,7 @@ def test_an_answer_is_told_with_its_trace_from_upstream_to_its_end(
     with Reading(f"{telling.url}/{name}?token=hidden", Relay_Stream=name, traceparent=TRACEPARENT) as answer:
         run = answer.headers["relay-run"]
         answer.read()
-    (received,) = requests(upstream, f"/{name}")
+    (received,) = upstream.requests(f"/{name}")
     assert received.header("traceparent") == TRACEPARENT
     ended = line_of(telling, "run ended", stream=name)
     assert TIME.fullmatch(ended.pop("time"))
@@ -239,8 +234,8 @@ def test_a_run_that_relay_calls_for_is_of_its_callers_trace_or_of_one_of_its_own
         started = ask(telling.port, "POST", f"{name}/runs", body, **headers)
         whole_run(telling, name, started.json["run"])
         trace_id = line_of(telling, "run ended", run=started.json["run"])["trace_id"]
-        assert trace_id_of(requests(upstream, f"/{name}")[-1].header("traceparent") or "") == trace_id
-    sent = [received.header("traceparent") for received in requests(upstream, f"/{name}")]
+        assert trace_id_of(upstream.requests(f"/{name}")[-1].header("traceparent") or "") == trace_id
+    sent = [received.header("traceparent") for received in upstream.requests(f"/{name}")]
     assert sent[:2] == [TRACEPARENT, given]
     assert len(set(sent)) == 4
 

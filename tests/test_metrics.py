@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -264,8 +264,19 @@ def risen(relay: RelayProcess, series: str) -> float:
     return value
 
 
+@pytest.fixture(scope="module")
+def counting(
+    journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RelayProcess]:
+    """A relay of these tests alone: in one that all share, runs of earlier tests still end by and by."""
+    if journal_url.startswith("sqlite"):
+        journal_url = f"sqlite:///{tmp_path_factory.mktemp('counting') / 'relay.db'}"
+    with RelayProcess.start(journal=journal_url, upstream=upstream.url, redis_prefix="counting") as process:
+        yield process
+
+
 class Change:
-    """How much metrics of a relay that others use too have grown."""
+    """How much metrics of a relay have grown."""
 
     def __init__(self, relay: RelayProcess) -> None:
         self._relay = relay
@@ -279,13 +290,13 @@ class Change:
         return self._now()[series] - self._before[series]
 
 
-def test_a_pushed_run_is_counted_from_its_start_to_its_reader(relay: RelayProcess, name: str) -> None:
-    change = Change(relay)
-    producer = Producer(relay, name)
+def test_a_pushed_run_is_counted_from_its_start_to_its_reader(counting: RelayProcess, name: str) -> None:
+    change = Change(counting)
+    producer = Producer(counting, name)
     producer.push("one", "two")
     producer.push("two", "three", Relay_Seq="2", end="completed")
     assert producer.push("late", Relay_Seq="4").problem == (409, "run_ended")
-    with Reading(f"{relay.url}/relay/v1/streams/{name}/events?run={producer.run}&control=none") as reading:
+    with Reading(f"{counting.url}/relay/v1/streams/{name}/events?run={producer.run}&control=none") as reading:
         assert [frame.data for frame in reading.frames()] == ["one", "two", "three"]
     assert change.of('relay_runs_started_total{source="pushed"}') == 1
     assert change.of('relay_frames_journaled_total{source="pushed"}') == 3
@@ -300,7 +311,7 @@ def test_a_pushed_run_is_counted_from_its_start_to_its_reader(relay: RelayProces
 
 
 def test_a_proxied_run_is_counted_from_upstream_to_its_readers(
-    relay: RelayProcess, upstream: ScriptedUpstream, name: str
+    counting: RelayProcess, upstream: ScriptedUpstream, name: str
 ) -> None:
     gate = upstream.gate()
 
@@ -311,11 +322,11 @@ def test_a_proxied_run_is_counted_from_upstream_to_its_readers(
         await exchange.end()
 
     upstream.on(f"/{name}", handler)
-    change = Change(relay)
-    with Reading(f"{relay.url}/{name}", Relay_Stream=name) as asked, ExitStack() as open_tabs:
-        current = f"{relay.url}/relay/v1/streams/{name}/events?run=current&control=none"
+    change = Change(counting)
+    with Reading(f"{counting.url}/{name}", Relay_Stream=name) as asked, ExitStack() as open_tabs:
+        current = f"{counting.url}/relay/v1/streams/{name}/events?run=current&control=none"
         tabs = [open_tabs.enter_context(Reading(current, Accept_Encoding="identity")) for _ in range(3)]
-        assert relay.metric("relay_oldest_open_run_seconds") > 0
+        assert counting.metric("relay_oldest_open_run_seconds") > 0
         gate.open()
         assert [frame.data for frame in asked.frames()] == ["one", "two"]
         for tab in tabs:
@@ -328,19 +339,19 @@ def test_a_proxied_run_is_counted_from_upstream_to_its_readers(
     assert change.of("relay_ring_hits_total") >= 1
 
 
-def test_a_cancel_is_timed_once(relay: RelayProcess, name: str) -> None:
-    change, producer = Change(relay), Producer(relay, name)
+def test_a_cancel_is_timed_once(counting: RelayProcess, name: str) -> None:
+    change, producer = Change(counting), Producer(counting, name)
     for _ in range(2):
-        ask(relay.port, "POST", f"{name}/runs/{producer.run}/cancel")
+        ask(counting.port, "POST", f"{name}/runs/{producer.run}/cancel")
     assert change.of("relay_cancel_to_end_seconds_count") == 1
 
 
-def test_a_deletion_counts_each_run_that_it_ended_once(relay: RelayProcess, name: str) -> None:
-    change = Change(relay)
-    Producer(relay, name).push(end="completed")
-    Producer(relay, name)
+def test_a_deletion_counts_each_run_that_it_ended_once(counting: RelayProcess, name: str) -> None:
+    change = Change(counting)
+    Producer(counting, name).push(end="completed")
+    Producer(counting, name)
     with ThreadPoolExecutor(4) as pool:
-        for answer in pool.map(lambda _: ask(relay.port, "DELETE", name), range(4)):
+        for answer in pool.map(lambda _: ask(counting.port, "DELETE", name), range(4)):
             assert answer.status == 204
     assert change.of('relay_runs_ended_total{reason="stream_deleted",status="cancelled"}') == 1
 

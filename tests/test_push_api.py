@@ -356,9 +356,10 @@ def test_a_waiting_heartbeat_is_answered_by_a_relay_that_shuts_down(
 def test_a_waiting_heartbeat_keeps_a_run_alive_that_may_not_be_silent_so_long(
     fresh_journal: Callable[[], str], name: str
 ) -> None:
-    with RelayProcess.start(journal=fresh_journal()) as relay:
+    # Others would find the run silent while this relay, which hears of it, is held up.
+    with RelayProcess.start(journal=fresh_journal(), redis_prefix=name, owner_lease_s=1.5) as relay:
         producer = Producer(relay, name, idle_timeout_s=1)
-        assert producer.ask("heartbeat?wait=4").json["status"] == "open"
+        assert producer.ask("heartbeat?wait=2.5").json["status"] == "open"
 
 
 # --- wrong input ------------------------------------------------------------------------------------------

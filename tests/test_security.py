@@ -384,7 +384,10 @@ def published(**keys: Signing) -> bytes:
     return json.dumps({"keys": listed}).encode()
 
 
-def test_published_keys_verify_by_their_ids(web: Web, rsa: RSAPrivateKey, ed25519: Ed25519PrivateKey) -> None:
+def test_published_keys_verify_by_their_ids(
+    web: Web, rsa: RSAPrivateKey, ed25519: Ed25519PrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(security, "JWKS_AGAIN_S", 600.0)
     web.answer = lambda request: (200, published(one=rsa, two=ed25519))
 
     async def scenario() -> None:
@@ -511,7 +514,7 @@ def test_an_application_that_is_down_is_no_refusal() -> None:
 
 def test_answers_are_remembered_for_the_same_who_and_what_alone(web: Web) -> None:
     async def scenario() -> None:
-        forward = ForwardAuth(Settings(auth_url=web.url))
+        forward = ForwardAuth(Settings(auth_url=web.url, auth_cache_s=600.0))
         await asyncio.gather(*(forward.grant(question()) for _ in range(20)))
         await forward.grant(question(target="/other", method="POST"))
         assert len(web.asked) == 1

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
+from held_port import held_port
 from own_journal import own_journal
 from scripted_upstream import Exchange, Received, ScriptedUpstream
 from standardwebhooks.webhooks import Webhook as Verifier
@@ -280,9 +281,8 @@ def test_a_receiver_that_cannot_be_reached_is_tried_again(
 ) -> None:
     async def play(scene: Scene) -> None:
         await scene.end_run()
-        with socket.socket() as deaf:  # it has its port for itself, and never listens
-            deaf.bind(("127.0.0.1", 0))
-            async with scene.delivering(webhook_url=f"http://127.0.0.1:{deaf.getsockname()[1]}/"):
+        with held_port() as port:
+            async with scene.delivering(webhook_url=f"http://127.0.0.1:{port}/"):
                 assert await scene.outcomes(2) == [5, 30]
 
     caplog.set_level(logging.WARNING, "relay.webhook")

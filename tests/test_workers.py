@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from held_port import hold_port
 from reading import DEADLINE_S, Reading
 from redis_server import RedisServer
 from relay_process import RelayProcess
@@ -393,9 +394,7 @@ async def supervised(
     monkeypatch.setattr(workers, "RESTART_PAUSE_S", 0.01)
     monkeypatch.setattr(workers, "CLOSING_S", closing_s)
     settings = Settings(workers=COUNT, drain_grace_s=0, journal_timeout_s=0.01)
-    with socket.socket() as reserved:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind(("127.0.0.1", 0))
+    with hold_port() as reserved:
         async with asyncio.timeout(DEADLINE_S):
             return await Supervisor(settings, reserved).run(then)
 

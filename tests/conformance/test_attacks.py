@@ -18,7 +18,7 @@ import msgpack  # type: ignore[import-untyped]
 import pytest
 from conformance.attacks import SECRET_TEXT, Victim, dispatched, leaks
 from conformance.flood import flood
-from guarded import ADMIN_KEY, PRODUCER_KEY, SECRET, SETTINGS, ask, bearer, token
+from guarded import ADMIN_KEY, PRODUCER_KEY, SECRET, SETTINGS, ask, asked_too_often, bearer, token
 from producing import Producer
 from raw_client import RawClient
 from reading import Reading
@@ -325,7 +325,8 @@ def test_an_absolute_target_goes_to_the_configured_upstream(
 ) -> None:
     upstream.on_stream(f"/{name}", [b"data: x\n\n"])
     assert get(relay, f"http://user:pw@evil.example:81/{name}").status == 200
-    assert (upstream.received[-1].target, upstream.received[-1].header("host")) == (f"/{name}", "localhost")
+    (received,) = upstream.requests(f"/{name}")
+    assert received.header("host") == "localhost"
 
 
 # --- HTTP ---------------------------------------------------------------------------------------------
@@ -433,8 +434,9 @@ def test_trailers_are_not_taken_for_headers(
             assert client.answer().status == status
             client.request("GET", "/relay/healthz")
             assert client.answer().status == 200
-    assert upstream.received[-1].body == b"abc"
-    passed = {header for header, _ in upstream.received[-1].headers}
+    (received,) = upstream.requests(f"/{name}")
+    assert received.body == b"abc"
+    passed = {header for header, _ in received.headers}
     assert passed == {"host", "accept-encoding", "transfer-encoding"}
     victim.assert_untouched()
 
@@ -485,7 +487,8 @@ def test_thousands_of_requests_in_one_read_are_not_taken(relay: RelayProcess) ->
         client.send(b"GET /relay/healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 90)
         assert {client.answer().status for _ in range(90)} == {200}
     with RawClient(relay.port) as client:
-        client.send(b"GET /relay/healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000)
+        with contextlib.suppress(ConnectionError):  # it need not be taken to its end
+            client.send(b"GET /relay/healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000)
         assert client.rest().count(b"HTTP/1.1 200") <= 101
     assert get(relay, "/relay/healthz").status == 200
 
@@ -1001,25 +1004,20 @@ def test_what_others_wrote_is_never_a_page_of_relays(guarded: RelayProcess, vict
 
 def test_a_made_up_address_is_not_another_client(own_journal: Callable[[], str]) -> None:
     with RelayProcess.start(journal=own_journal(), client_requests_per_s=1.0) as relay:
-        statuses = [
-            ask(
-                relay.url, "GET", "/relay/healthz",
-                X_Forwarded_For=f"192.0.2.{number}", Forwarded=f"for=192.0.2.{number}",
-                X_Real_IP=f"192.0.2.{number}",
-            ).status
-            for number in range(15)
-        ]  # fmt: skip
-        assert statuses[:10] == [200] * 10
-        assert statuses[-1] == 429
+        answers = asked_too_often(
+            relay,
+            lambda number: {
+                "X_Forwarded_For": f"192.0.2.{number % 256}",
+                "Forwarded": f"for=192.0.2.{number % 256}",
+                "X_Real_IP": f"192.0.2.{number % 256}",
+            },
+        )
+        assert len(answers) > 10
     with RelayProcess.start(
         journal=own_journal(), client_requests_per_s=1.0, trusted_proxy="127.0.0.1"
     ) as relay:
         # What the client wrote itself stands before what the proxy added.
-        statuses = [
-            ask(relay.url, "GET", "/relay/healthz", X_Forwarded_For=f"192.0.2.{number}, 203.0.113.9").status
-            for number in range(15)
-        ]
-        assert statuses[-1] == 429
+        asked_too_often(relay, lambda number: {"X_Forwarded_For": f"192.0.2.{number % 256}, 203.0.113.9"})
 
 
 # --- the table ----------------------------------------------------------------------------------------

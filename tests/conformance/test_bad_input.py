@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from producing import Producer
@@ -17,11 +18,9 @@ from scripted_upstream import Exchange, ScriptedUpstream
 
 @pytest.fixture(scope="module")
 def hurried(upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
-    """A relay that does not wait long for a head or for a silent stream."""
+    """A relay that does not wait long for a head."""
     journal = f"sqlite:///{tmp_path_factory.mktemp('hurried') / 'relay.db'}"
-    with RelayProcess.start(
-        journal=journal, upstream=upstream.url, upstream_header_timeout_s=0.3, upstream_idle_s=0.3
-    ) as process:
+    with RelayProcess.start(journal=journal, upstream=upstream.url, upstream_header_timeout_s=0.3) as process:
         yield process
 
 
@@ -134,24 +133,25 @@ def test_an_upstream_that_is_not_there_is_unreachable_and_nothing_is_journaled(
         assert relay.get(f"/relay/v1/streams/{name}")[0] == 404
 
 
-def test_a_silent_stream_fails_by_its_setting(
-    hurried: RelayProcess, upstream: ScriptedUpstream, name: str
-) -> None:
+def test_a_silent_stream_fails_by_its_setting(upstream: ScriptedUpstream, tmp_path: Path, name: str) -> None:
     closed = threading.Event()
 
     async def handler(exchange: Exchange) -> None:
-        await exchange.head()
-        await exchange.chunk(b"data: one\n\n")
+        # At once with its head: a pause between the two would be one.
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        await exchange.send(head + b"b\r\ndata: one\n\n\r\n")
         await exchange.closed()
         closed.set()
 
     upstream.on(f"/{name}", handler)
-    answer = ask(hurried, f"/{name}", f"Relay-Stream: {name}")
-    assert not answer.whole
-    record = whole_run(hurried, name)
-    assert record.outcome == ("failed", "upstream_timeout")
-    assert record.texts == ["one"]
-    assert closed.wait(60)
+    journal = f"sqlite:///{tmp_path / 'relay.db'}"
+    with RelayProcess.start(journal=journal, upstream=upstream.url, upstream_idle_s=0.3) as relay:
+        answer = ask(relay, f"/{name}", f"Relay-Stream: {name}")
+        assert not answer.whole
+        record = whole_run(relay, name)
+        assert record.outcome == ("failed", "upstream_timeout")
+        assert record.texts == ["one"]
+        assert closed.wait(60)
 
 
 def test_malformed_chunks_truncate_a_stream(

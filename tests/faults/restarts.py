@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,6 +12,7 @@ from faults.listener import all_of
 from faults.pair import LEASE_S, followed, fresh_sessions, run_of
 from faults.pusher import Pusher
 from faults.tally import Tally, kept_of, shown_to
+from held_port import hold_port
 from relay_process import RelayProcess
 from scripted_upstream import ScriptedUpstream
 
@@ -26,10 +26,7 @@ class Lone:
         self.upstream = upstream
         self._journal = f"sqlite:///{path}"
         self._settings = {"owner_lease_s": LEASE_S} | settings
-        # Bound, and never listening: nobody else is given the port between two lives of the relay.
-        self._reserved = socket.socket()
-        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._reserved.bind(("127.0.0.1", 0))
+        self._reserved = hold_port()
         self.relay = self._start(self._reserved.getsockname()[1])
 
     def _start(self, port: int) -> RelayProcess:
