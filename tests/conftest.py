@@ -32,6 +32,14 @@ def redis_server() -> Iterator[RedisServer]:
     server.stop()
 
 
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    """A redis-server of this test's own, which it may kill."""
+    server = RedisServer.start()
+    yield server
+    server.stop()
+
+
 @pytest.fixture(scope="session")
 def node_packages() -> Path:
     """Where the JavaScript packages of tests/js/package.json are."""

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 
 def hold_port(most: int = 65_535) -> socket.socket:
-    """A socket that holds a free port, `most` or lower, until it is closed. The system gives the port to nobody who asks for
-    any, and refuses connections to it; who is told its number can listen there, as often as he likes, because
-    servers set SO_REUSEADDR too."""
+    """A socket that holds a free port, `most` or lower, until it is closed. The system gives the port to
+    nobody who asks for any, and refuses connections to it; who is told its number can listen there, as often
+    as he likes, because servers set SO_REUSEADDR too."""
     with contextlib.ExitStack() as too_high:  # held meanwhile, so that they are not given again
         while True:
             holder = socket.socket()

@@ -8,6 +8,8 @@ import select
 import socket
 from typing import Any, NamedTuple, Self
 
+from relay_process import RelayProcess
+
 DEADLINE_S = 60
 
 
@@ -122,3 +124,10 @@ class RawClient:
 
     def __exit__(self, *exc: object) -> None:
         self.reset()
+
+
+def ask(relay: RelayProcess, method: str, target: str, *headers: str, body: bytes = b"") -> RawAnswer:
+    """One request on a connection of its own."""
+    with RawClient(relay.port) as client:
+        client.request(method, target, *headers, body=body)
+        return client.answer(method)

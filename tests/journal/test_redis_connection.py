@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import hiredis
@@ -16,14 +16,6 @@ from tcp_proxy import TcpProxy
 from relay.errors import JournalRefused, JournalUnavailable, StartupError
 from relay.journal import redis_connection
 from relay.journal.redis_connection import Address, FollowLink, Lane, as_journal_error, error_names, pack
-
-
-@pytest.fixture
-def own_server() -> Iterator[RedisServer]:
-    """A server this test may kill."""
-    server = RedisServer.start("--appendonly", "yes", "--appendfsync", "always")
-    yield server
-    server.stop()
 
 
 @asynccontextmanager

@@ -39,14 +39,6 @@ from relay.journal.base import Held, RunInfo
 from relay.lifecycle import Reason, ending
 
 
-@pytest.fixture
-def own_server() -> Iterator[RedisServer]:
-    """A server this test may configure or kill; it keeps what it accepted."""
-    server = RedisServer.start("--appendonly", "yes", "--appendfsync", "always")
-    yield server
-    server.stop()
-
-
 def test_a_killed_server_costs_nothing_it_accepted_and_doubles_nothing(own_server: RedisServer) -> None:
     async def scenario() -> None:
         async with opened(own_server) as (journal, ear):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 from redis_journal import DEADLINE_S, Ear, opening
@@ -12,14 +11,6 @@ from redis_server import RedisServer
 from relay.errors import StartupError
 from relay.journal.redis_startup import check_info
 from relay.journal.redis_streams import RedisJournal
-
-
-@pytest.fixture
-def own_server() -> Iterator[RedisServer]:
-    """A server this test may configure."""
-    server = RedisServer.start()
-    yield server
-    server.stop()
 
 
 def start_error(url: str, timeout_s: float = DEADLINE_S) -> str:
@@ -42,19 +33,19 @@ def test_a_server_that_is_not_there_is_refused() -> None:
     assert "cannot be reached" in start_error("redis://127.0.0.1:1/0")
 
 
-def test_a_server_that_does_not_answer_is_refused(own_server: RedisServer) -> None:
-    own_server.pause()
-    assert "cannot be reached" in start_error(own_server.url(), timeout_s=0.3)
+def test_a_server_that_does_not_answer_is_refused(own_redis: RedisServer) -> None:
+    own_redis.pause()
+    assert "cannot be reached" in start_error(own_redis.url(), timeout_s=0.3)
 
 
-def test_a_server_that_wants_another_password_is_refused(own_server: RedisServer) -> None:
-    with own_server.client() as client:
+def test_a_server_that_wants_another_password_is_refused(own_redis: RedisServer) -> None:
+    with own_redis.client() as client:
         client.config_set("requirepass", "right")
-    assert "password" in start_error(own_server.url())
-    assert "password" in start_error(f"redis://:wrong@127.0.0.1:{own_server.port}/0")
+    assert "password" in start_error(own_redis.url())
+    assert "password" in start_error(f"redis://:wrong@127.0.0.1:{own_redis.port}/0")
 
     async def scenario() -> None:
-        journal = RedisJournal(f"redis://:right@127.0.0.1:{own_server.port}/0", timeout_s=DEADLINE_S)
+        journal = RedisJournal(f"redis://:right@127.0.0.1:{own_redis.port}/0", timeout_s=DEADLINE_S)
         await journal.start(Ear())
         await journal.open_run(opening("s"))
         await journal.close()
@@ -63,18 +54,18 @@ def test_a_server_that_wants_another_password_is_refused(own_server: RedisServer
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
-def test_a_server_that_evicts_is_refused(own_server: RedisServer, policy: str) -> None:
-    with own_server.client() as client:
+def test_a_server_that_evicts_is_refused(own_redis: RedisServer, policy: str) -> None:
+    with own_redis.client() as client:
         client.config_set("maxmemory-policy", policy)
-    message = start_error(own_server.url())
+    message = start_error(own_redis.url())
     assert policy in message
     assert "noeviction" in message
 
 
-def test_a_replica_is_refused(own_server: RedisServer) -> None:
-    with own_server.client() as client:
+def test_a_replica_is_refused(own_redis: RedisServer) -> None:
+    with own_redis.client() as client:
         client.replicaof("127.0.0.1", 1)
-    assert "replica" in start_error(own_server.url())
+    assert "replica" in start_error(own_redis.url())
 
 
 def test_cluster_mode_is_refused() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator
 
 import pytest
 from redis_journal import batch, opened, opening, read_all
@@ -16,15 +15,6 @@ from relay.frame import Event, run_ended, run_started
 from relay.journal.base import Append, RunOpening
 from relay.lifecycle import Ending, Reason, ending
 from relay.limits import Retention
-
-
-@pytest.fixture
-def own_server() -> Iterator[RedisServer]:
-    """A server this test may configure or kill; it keeps what it accepted."""
-    server = RedisServer.start("--appendonly", "yes", "--appendfsync", "always")
-    yield server
-    server.stop()
-
 
 # Keys.
 
