@@ -28,6 +28,8 @@ const BACK_SLOTS = ["relay-stream back 1", "relay-stream back 2"];
 const TURN_MS = 500;
 /** A connection on which frames come keeps its slot so long. */
 const BUSY_TURN_MS = 10_000;
+/** One that is not answered keeps it so long: the way may be long, or the stream not be there yet. */
+const UNANSWERED_TURN_MS = 5000;
 /** A chat that had nothing new in several turns asks for one this often. */
 const IDLE_PAUSE_MAX_MS = 5000;
 
@@ -296,6 +298,7 @@ class Reader {
   #pause = null; // what ends the pause, or the wait for a slot, that is under way
   #heardAt = 0;
   #framesAt = 0;
+  #answered = false;
   #hadNews = false; // on this connection
   #retryMs = RETRY_MS;
   #leaveMs = undefined; // the pause after a connection that was left on purpose
@@ -380,12 +383,13 @@ class Reader {
     const visit = (this.#visit = new AbortController());
     const stop = () => visit.abort();
     this.#stopped.signal.addEventListener("abort", stop);
-    this.#heardAt = this.#framesAt = Date.now();
-    this.#hadNews = false;
+    this.#heardAt = Date.now();
+    this.#answered = this.#hadNews = false;
     this.#leaveMs = undefined;
     let heard = false;
     const opened = () => {
-      heard = true; // relay can be reached; what is cut now and then need not wait ever longer
+      heard = this.#answered = true; // relay can be reached; cuts now and then need not wait ever longer
+      this.#framesAt = Date.now();
       this.#say("open");
     };
     const alive = (events) => {
@@ -434,7 +438,8 @@ class Reader {
     const slot = this.#slot;
     if (!slot) return;
     const now = Date.now();
-    const done = now - this.#framesAt >= TURN_MS || now - slot.since >= BUSY_TURN_MS;
+    const longestMs = this.#answered ? BUSY_TURN_MS : UNANSWERED_TURN_MS;
+    const done = (this.#answered && now - this.#framesAt >= TURN_MS) || now - slot.since >= longestMs;
     if (!done || !(await isWaitedFor(slot)) || slot !== this.#slot) return;
     // Whoever had nothing to read asks again later each time, so that quiet chats do not keep relay busy.
     this.#idleTurns = this.#hadNews ? 0 : this.#idleTurns + 1;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -243,6 +244,34 @@ def test_a_regenerate_is_seen_in_every_tab_and_stop_in_one_tab_stops_it_in_all(
             ("run.ended", new.run, "client_cancel"),
         ]
         tab.expect_whole(name, "the old answer the new answer")
+
+
+def test_chats_that_take_turns_wait_for_answers_that_take_longer_than_a_turn(
+    swift_relay: RelayProcess, pages: Callable[..., ChatPage], name: str
+) -> None:
+    """On a long way, a turn that began with the question would be over before the answer."""
+    chats = [f"{name}-{n}" for n in range(12)]
+    for chat in chats:
+        Producer(swift_relay, chat, seal=True).push(f"hello from {chat}", end="completed")
+    asked: list[int] = []
+    with TcpProxy.running(swift_relay.port) as proxy:
+        page = pages(proxy)
+
+        def counted(data: bytes) -> bytes:
+            asked.append(data.count(b"/events"))
+            return data
+
+        def delayed(data: bytes) -> bytes:
+            if data.startswith(b"HTTP/1.1 "):
+                time.sleep(0.8)  # the rest of the answer comes right behind
+            return data
+
+        proxy.to_server, proxy.to_client = counted, delayed
+        for chat in chats:
+            page.open(chat)
+        for chat in chats:
+            page.expect_whole(chat, f"hello from {chat}")
+    assert sum(asked) <= len(chats) + 4, "one request a chat, but for a round of them that was held up"
 
 
 def test_fifty_open_chats_all_get_their_answers_while_the_browser_holds_few_connections(
