@@ -347,6 +347,10 @@ class Link:
         raise NotImplementedError
 
 
+READ_FIRST_S = 0.01
+"""When a wait is over, what has come is read before it is judged: uvloop calls timers before it reads, so
+that after this process stood still for as long the answer may be here, unread."""
+
 CANCEL_AGAIN_S = 0.1
 """Pause before a task that did not heed its cancellation is cancelled once more."""
 
@@ -463,9 +467,12 @@ class Lane(Link):
                 self._send_scheduled = True
                 self._loop.call_soon(self._send)
 
-    def _check_deadlines(self) -> None:
+    def _check_deadlines(self, has_read: bool = False) -> None:
         now = self._loop.time()
         if self._sent and self._sent[0].deadline <= now:
+            if not has_read:
+                self._watchdog = self._loop.call_later(READ_FIRST_S, self._check_deadlines, True)
+                return
             self.leave()
             self._on_lost()
         while self._waiting and (self._waiting[0].deadline <= now or self._waiting[0].answer.done()):
@@ -546,7 +553,7 @@ class FollowLink(Link):
     def _watch_silence(self, delay_s: float) -> None:
         self._watchdog = self._loop.call_later(delay_s, self._check_silence)
 
-    def _check_silence(self) -> None:
+    def _check_silence(self, has_read: bool = False) -> None:
         silent_s = self._loop.time() - self._heard_at
         if self._wire is None:
             return
@@ -556,6 +563,8 @@ class FollowLink(Link):
             self._pinged = True
             self._wire.transport.write(pack(b"PING"))
             self._watch_silence(self._timeout_s)
+        elif not has_read:
+            self._watchdog = self._loop.call_later(READ_FIRST_S, self._check_silence, True)
         else:
             self.leave()
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import select
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 import hiredis
 import pytest
 import redis
+import uvloop
 from redis_journal import DEADLINE_S, wait_no_longer_than
 from redis_server import RedisServer
 from tcp_proxy import TcpProxy
@@ -98,6 +102,41 @@ def test_error_replies_are_told_apart() -> None:
         "BUSY now",
     ):
         assert isinstance(as_journal_error(hiredis.ReplyError(text)), JournalUnavailable)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_reply_that_came_while_this_process_stood_still_is_taken(
+    own_server: RedisServer, run: Callable[[Coroutine[Any, Any, None]], None]
+) -> None:
+    """uvloop reads all that there is, and then calls timers before it looks whether there is more."""
+
+    async def scenario() -> None:
+        async with lane(own_server) as opened:
+            before = await connection_id(opened)
+            loop = asyncio.get_running_loop()
+            own_server.pause()
+            answer = opened.submit(pack("ECHO", "late"))
+            here, there = socket.socketpair()
+            with here, there:
+
+                def stand_still() -> None:
+                    loop.remove_reader(here)
+                    own_server.resume()
+                    # The reply comes, and the wait for it is over.
+                    assert opened._wire is not None
+                    connection = opened._wire.transport.get_extra_info("socket")
+                    assert select.select([connection], [], [], DEADLINE_S)[0]
+                    (batch,) = opened._sent
+                    batch.deadline = loop.time()
+                    loop.call_later(0, opened._check_deadlines)
+
+                await asyncio.sleep(0)  # it is sent
+                loop.add_reader(here, stand_still)
+                there.send(b".")
+                assert await answer == b"late"
+            assert await connection_id(opened) == before
+
+    run(scenario())
 
 
 def test_every_caller_gets_its_own_reply(redis_server: RedisServer) -> None:
