@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -44,22 +45,34 @@ class Demo(NamedTuple):
     """Where its sample agent listens."""
     process: subprocess.Popen[str]
 
+    @classmethod
+    @contextmanager
+    def running(cls, journal: str) -> Iterator[Demo]:
+        command = [sys.executable, "-W", "error", "-m", "relay", "demo", "--port", "0", "--journal", journal]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                urls = (found for line in process.stdout for found in re.findall(r"http://[^/\s]+\d", line))
+                agent, url = next(urls, ""), next(urls, "")
+                assert url, "relay demo did not start"
+                yield cls(url, agent, process)
+            finally:
+                process.terminate()
+            assert process.wait(60) == 0
+
 
 @pytest.fixture
 def demo(fresh_journal: Callable[[], str]) -> Iterator[Demo]:
-    command = [sys.executable, "-W", "error", "-m", "relay", "demo", "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--journal", fresh_journal()], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            urls = (found for line in process.stdout for found in re.findall(r"http://[^/\s]+\d", line))
-            agent, url = next(urls, ""), next(urls, "")
-            assert url, "relay demo did not start"
-            yield Demo(url, agent, process)
-        finally:
-            process.terminate()
-        assert process.wait(60) == 0
+    """A demo of this test's own, on each journal."""
+    with Demo.running(fresh_journal()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared_demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """One for tests of the page alone, which knows of no journal."""
+    with Demo.running(f"sqlite:///{tmp_path_factory.mktemp('demo') / 'relay.db'}") as running:
+        yield running
 
 
 @pytest.fixture
@@ -157,6 +170,7 @@ def expect_nothing_lost(page: Page) -> None:
 
 
 def test_an_answer_grows_and_the_instruments_tell(demo: Demo, chat: Page) -> None:
+    said = ask_for(chat, SHORT)
     opened(chat, demo.url)
     for name in ("Stop", "Regenerate"):
         expect(button(chat, name)).to_be_disabled()
@@ -165,10 +179,10 @@ def test_an_answer_grows_and_the_instruments_tell(demo: Demo, chat: Page) -> Non
     for name in ("Stop", "Regenerate", "Cut"):
         expect(button(chat, name)).to_be_enabled()
     expect(button(chat, "Ask")).to_be_disabled()
-    expect_whole(chat)
+    expect_whole(chat, said)
     expect(chat.locator("#notice")).to_have_text("The answer is completed.")
     assert chat.locator(".question").all_text_contents() == ["What does relay do?"]
-    expect(chat.locator("#frames")).to_have_text(str(FRAMES))
+    expect(chat.locator("#frames")).to_have_text(str(SHORT + 4))
     expect(chat.locator("#reconnects")).to_have_text("0")
     expect(chat.locator("#calls")).to_have_text("1")
     expect(chat.locator("#lag")).to_have_text(re.compile(r"^[0-9.]+ ms$"))
@@ -325,8 +339,8 @@ def test_a_chat_that_was_deleted_has_ended(demo: Demo, chat: Page) -> None:
     expect(button(chat, "Ask")).to_be_disabled()
 
 
-def test_the_page_counts_by_the_numbers_that_it_is_handed(demo: Demo, chat: Page) -> None:
-    opened(chat, demo.url)
+def test_the_page_counts_by_the_numbers_that_it_is_handed(shared_demo: Demo, chat: Page) -> None:
+    opened(chat, shared_demo.url)
     # The last that the page itself is told; with it the page would put its own numbers back.
     expect(chat.locator("#log .event").first).to_contain_text("live")
     chat.evaluate(
@@ -354,8 +368,8 @@ def test_an_agent_that_is_down_is_told_in_the_chat(
         expect(chat.locator("#calls")).to_have_text("unknown")
 
 
-def test_chats_are_kept_apart(demo: Demo, chat: Page) -> None:
-    asked(chat, demo.url)
+def test_chats_are_kept_apart(shared_demo: Demo, chat: Page) -> None:
+    asked(chat, shared_demo.url)
     former = chat.url
     with chat.expect_event("load"):  # what is live before is the former chat
         chat.get_by_role("link", name="New chat").click()
@@ -366,21 +380,21 @@ def test_chats_are_kept_apart(demo: Demo, chat: Page) -> None:
     expect(chat.locator("#calls")).to_have_text("0")
 
 
-def test_a_page_with_nothing_to_hear_asks_for_nothing(demo: Demo, chat: Page) -> None:
+def test_a_page_with_nothing_to_hear_asks_for_nothing(shared_demo: Demo, chat: Page) -> None:
     chat.clock.install(time=0)
     chat.clock.pause_at(1000)
-    opened(chat, demo.url)
+    opened(chat, shared_demo.url)
     expect(chat.locator("#calls")).to_have_text("0")
     requests: list[str] = []
     chat.on("request", lambda request: requests.append(request.url))
     chat.clock.run_for(40_000)  # heartbeats come in real time, and are missed after 45 s of the page's
     chat.evaluate("fetch('/relay/healthz').then((answer) => answer.text())")
-    assert requests == [f"{demo.url}/relay/healthz"]
+    assert requests == [f"{shared_demo.url}/relay/healthz"]
     expect(chat.locator("#reconnects")).to_have_text("0")
 
 
-def test_what_is_shown_is_text_and_never_markup(demo: Demo, chat: Page) -> None:
-    opened(chat, demo.url)
+def test_what_is_shown_is_text_and_never_markup(shared_demo: Demo, chat: Page) -> None:
+    opened(chat, shared_demo.url)
     question = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     chat.get_by_label("Your question").fill(question)
     chat.get_by_label("Your question").press("Enter")
@@ -388,8 +402,8 @@ def test_what_is_shown_is_text_and_never_markup(demo: Demo, chat: Page) -> None:
     assert chat.locator("#conversation :is(img, script)").count() == 0
 
 
-def test_the_page_runs_no_script_that_stands_in_it(demo: Demo, page: Page) -> None:
-    opened(page, demo.url)
+def test_the_page_runs_no_script_that_stands_in_it(shared_demo: Demo, page: Page) -> None:
+    opened(page, shared_demo.url)
     page.evaluate(
         """() => {
             const script = document.createElement("script");
@@ -401,11 +415,11 @@ def test_the_page_runs_no_script_that_stands_in_it(demo: Demo, page: Page) -> No
 
 
 @pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 800)])
-def test_the_page_fits_its_window(demo: Demo, chat: Page, width: int, height: int) -> None:
+def test_the_page_fits_its_window(shared_demo: Demo, chat: Page, width: int, height: int) -> None:
     chat.add_init_script(COUNTDOWN)
     ask_for(chat, LONG, pace_ms=10)
     chat.set_viewport_size({"width": width, "height": height})
-    opened(chat, demo.url)
+    opened(chat, shared_demo.url)
     expect_to_fit(chat, width, height)
     button(chat, "Ask").click()
     await_frames(chat, 100)
@@ -426,9 +440,9 @@ def expect_to_fit(page: Page, width: int, height: int, cut: str = "Cut") -> None
     assert page.locator("button").evaluate_all(overflowing) == []
 
 
-def test_the_log_is_a_click_away_where_there_is_no_room(demo: Demo, chat: Page) -> None:
+def test_the_log_is_a_click_away_where_there_is_no_room(shared_demo: Demo, chat: Page) -> None:
     chat.set_viewport_size({"width": 360, "height": 740})
-    opened(chat, demo.url)
+    opened(chat, shared_demo.url)
     expect(chat.locator("#log")).not_to_be_visible()
     button(chat, "Events").click()
     expect(chat.locator("#log")).to_be_visible()
@@ -464,11 +478,11 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_can_be_read(demo: Demo, chat: Page, scheme: str) -> None:
+def test_every_text_can_be_read(shared_demo: Demo, chat: Page, scheme: str) -> None:
     chat.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
     chat.add_init_script(COUNTDOWN)
     ask_for(chat, LONG)
-    asked(chat, demo.url)
+    asked(chat, shared_demo.url)
     button(chat, "Regenerate").click()
     expect(answer(chat, "replaced")).to_have_count(1)
     button(chat, "Cut").click()
