@@ -39,9 +39,12 @@ FUZZER = VENV / "fuzzer"
 FUZZER_STAMP = FUZZER / "relay-stamp"
 FUZZER_NEEDS = ROOT / "tests" / "conformance" / "fuzzer" / "requirements.txt"
 
-# One worker a core; each starts with a contiguous part of the tests, so module fixtures are made once or
-# twice, and takes from the other when done. `-n 0` after it turns this off.
-PYTEST = (str(PYTHON), "-m", "pytest", "-n", "auto", "--dist", "worksteal")
+# Half as many workers again as there are cores, because tests wait for processes more than they compute; each
+# starts with a contiguous part of the tests, so module fixtures are made once or twice, and takes from the
+# others when done. `-n 0` after it turns this off.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = CORES + max(1, CORES // 2)
+PYTEST = (str(PYTHON), "-m", "pytest", "-n", str(WORKERS), "--dist", "worksteal")
 
 SOAKS = {
     "model": "tests/model/soak.py",
