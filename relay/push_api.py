@@ -32,6 +32,7 @@ from relay.errors import (
     UnsupportedMediaType,
 )
 from relay.frame import Event
+from relay.headers import all_of
 from relay.ingest.formats import FORMATS, FrameParser, events_of_json
 from relay.ingest.proxy import IF_BUSY, SUPERSEDES_MAX, ClientGone, RunWishes
 from relay.ingest.push import Piece, PushOpening, Receipt, Turn, key_of
@@ -512,8 +513,8 @@ def _opening(stream: str, given: Mapping[str, Any], request: Request, body: byte
 
 def _traced(called: UpstreamRequest, given: str) -> UpstreamRequest:
     """A call of relay's own, of the trace that it names, of its caller's, or of a new one."""
-    own = [value.decode("latin-1") for name, value in called.headers if name == trace.HEADER]
-    traceparent = next((value for value in (*own, given) if trace.trace_id_of(value)), "")
+    named = (*all_of(called.headers, trace.HEADER), given)
+    traceparent = next((value for value in named if trace.trace_id_of(value)), "")
     traceparent = traceparent or trace.new_traceparent(secrets.token_bytes(trace.RANDOM_BYTES))
     trace.TRACE_ID.set(trace.trace_id_of(traceparent))
     headers = [header for header in called.headers if header[0] != trace.HEADER]

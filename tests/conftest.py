@@ -71,13 +71,13 @@ def relay(journal_url: str, upstream: ScriptedUpstream) -> Iterator[RelayProcess
         yield process
 
 
-@pytest.fixture
-def fresh_journal(journal_url: str, tmp_path: Path, redis_server: RedisServer) -> Callable[[], str]:
-    """Makes the URL of a journal of the same kind that nobody else uses; sqlite takes one process only."""
+@pytest.fixture(scope="session")
+def fresh_journal(journal_url: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], str]:
+    """Makes the URL of a journal of the same kind for one more relay; sqlite takes one process only."""
 
     def make() -> str:
         if journal_url.startswith("sqlite"):
-            return f"sqlite:///{tmp_path / secrets.token_hex(4)}.db"
+            return f"sqlite:///{tmp_path_factory.mktemp('fresh') / 'relay.db'}"
         return journal_url
 
     return make

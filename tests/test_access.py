@@ -22,21 +22,9 @@ APP = "https://app.example"
 
 
 @pytest.fixture(scope="module")
-def own_journal(journal_url: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], str]:
-    """Makes the URL of a journal that no other relay has; sqlite takes one process only."""
-
-    def make() -> str:
-        if journal_url.startswith("sqlite"):
-            return f"sqlite:///{tmp_path_factory.mktemp('guarded') / 'relay.db'}"
-        return journal_url
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def guarded(own_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
+def guarded(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     with RelayProcess.start(
-        journal=own_journal(),
+        journal=fresh_journal(),
         upstream=upstream.url,
         cors_origin=APP,
         stream_from="path:/chats/{stream}",
@@ -596,7 +584,7 @@ def test_hosts_can_be_named(fresh_journal: Callable[[], str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def asking(own_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
+def asking(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay that asks the application, at `/may`: its users are called by their session, and own the
     streams whose names begin with theirs."""
 
@@ -610,7 +598,7 @@ def asking(own_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterat
 
     upstream.on("/may", may)
     with RelayProcess.start(
-        journal=own_journal(),
+        journal=fresh_journal(),
         upstream=upstream.url,
         auth_url=f"{upstream.url}/may",
         auth_recheck_s=2,

@@ -516,14 +516,10 @@ def test_p8_a_cursor_of_another_life_is_told_though_the_run_asked_for_began_late
 
 
 @pytest.fixture(scope="session")
-def forgetful(
-    journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RelayProcess]:
+def forgetful(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay whose streams keep four frames, and whose heart beats fast."""
-    if journal_url.startswith("sqlite"):
-        journal_url = f"sqlite:///{tmp_path_factory.mktemp('journal') / 'forgetful.db'}"
     with RelayProcess.start(
-        journal=journal_url, upstream=upstream.url, max_frames=4, heartbeat_s=0.05
+        journal=fresh_journal(), upstream=upstream.url, max_frames=4, heartbeat_s=0.05
     ) as process:
         yield process
 

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +154,10 @@ def line_of(relay: RelayProcess, message: str, **members: Any) -> dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def telling(
-    journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RelayProcess]:
+def telling(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay whose log is JSON, as it is without a terminal."""
-    if journal_url.startswith("sqlite"):
-        journal_url = f"sqlite:///{tmp_path_factory.mktemp('telling') / 'relay.db'}"
     with RelayProcess.start(
-        journal=journal_url, upstream=upstream.url, log_format="auto", redis_prefix="telling"
+        journal=fresh_journal(), upstream=upstream.url, log_format="auto", redis_prefix="telling"
     ) as process:
         yield process
 

@@ -265,13 +265,11 @@ def risen(relay: RelayProcess, series: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def counting(
-    journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RelayProcess]:
+def counting(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay of these tests alone: in one that all share, runs of earlier tests still end by and by."""
-    if journal_url.startswith("sqlite"):
-        journal_url = f"sqlite:///{tmp_path_factory.mktemp('counting') / 'relay.db'}"
-    with RelayProcess.start(journal=journal_url, upstream=upstream.url, redis_prefix="counting") as process:
+    with RelayProcess.start(
+        journal=fresh_journal(), upstream=upstream.url, redis_prefix="counting"
+    ) as process:
         yield process
 
 

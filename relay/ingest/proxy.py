@@ -150,7 +150,7 @@ class RunAnswer:
     @property
     def media_type(self) -> str:
         """The content type, parameters included."""
-        return next(value.decode("latin-1") for name, value in self.headers if name == b"content-type")
+        return first_of(self.headers, b"content-type")
 
     @staticmethod
     def of(stream: str, info: RunInfo, pump: Pump | None) -> RunAnswer:

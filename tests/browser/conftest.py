@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
@@ -62,15 +62,11 @@ def page(context: BrowserContext) -> Page:
 
 
 @pytest.fixture(scope="session")
-def swift_relay(
-    journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RelayProcess]:
+def swift_relay(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay a journal that lets browsers come back at once, shared by the tests of this folder. It sends
     plain bytes, so that a cut can be anywhere in them."""
-    if journal_url.startswith("sqlite"):  # a file has one process
-        journal_url = f"sqlite:///{tmp_path_factory.mktemp('browser') / 'relay.db'}"
     with RelayProcess.start(
-        journal=journal_url, upstream=upstream.url, retry_ms=RETRY_MS, compress="never"
+        journal=fresh_journal(), upstream=upstream.url, retry_ms=RETRY_MS, compress="never"
     ) as process:
         yield process
 

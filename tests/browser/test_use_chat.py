@@ -126,14 +126,10 @@ class ChatTab:
 
 
 @pytest.fixture(scope="module")
-def chat_relay(
-    journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RelayProcess]:
+def chat_relay(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay with what the AI SDK needs."""
-    if journal_url.startswith("sqlite"):  # a file has one process
-        journal_url = f"sqlite:///{tmp_path_factory.mktemp('use-chat') / 'relay.db'}"
     with RelayProcess.start(
-        journal=journal_url,
+        journal=fresh_journal(),
         upstream=upstream.url,
         stream_from="body:/id",
         resume_route="GET /api/chat/{stream}/stream",

@@ -19,14 +19,10 @@ RESUME_ROUTES = ["GET /{stream}/answer", "GET /{stream}/api/chat/c/stream"]
 
 
 @pytest.fixture(scope="session")
-def beating(
-    journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RelayProcess]:
+def beating(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay a journal, whose clients come back at once, and that sends heartbeats all the time."""
-    if journal_url.startswith("sqlite"):
-        journal_url = f"sqlite:///{tmp_path_factory.mktemp('clients') / 'relay.db'}"
     with RelayProcess.start(
-        journal=journal_url,
+        journal=fresh_journal(),
         upstream=upstream.url,
         heartbeat_s=0.05,
         retry_ms=RETRY_MS,

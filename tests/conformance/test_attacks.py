@@ -32,22 +32,10 @@ JSON = {"Content_Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def own_journal(journal_url: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], str]:
-    """Makes the URL of a journal that no other relay has; sqlite takes one process only."""
-
-    def make() -> str:
-        if journal_url.startswith("sqlite"):
-            return f"sqlite:///{tmp_path_factory.mktemp('attacked') / 'relay.db'}"
-        return journal_url
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def guarded(own_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
+def guarded(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay with keys and tokens, whose upstream has chats."""
     with RelayProcess.start(
-        journal=own_journal(), upstream=upstream.url, stream_from="path:/chats/{stream}", **SETTINGS
+        journal=fresh_journal(), upstream=upstream.url, stream_from="path:/chats/{stream}", **SETTINGS
     ) as relay:
         yield relay
 
@@ -58,7 +46,7 @@ def victim(guarded: RelayProcess, name: str) -> Victim:
 
 
 @pytest.fixture(scope="module")
-def asking(own_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
+def asking(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay that knows no credentials itself and asks the application, which knows its cookie."""
 
     async def may(exchange: Exchange) -> None:
@@ -67,7 +55,7 @@ def asking(own_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterat
 
     upstream.on("/may-attack", may)
     with RelayProcess.start(
-        journal=own_journal(), upstream=upstream.url, auth_url=f"{upstream.url}/may-attack", cors_origin="*"
+        journal=fresh_journal(), upstream=upstream.url, auth_url=f"{upstream.url}/may-attack", cors_origin="*"
     ) as relay:
         yield relay
 
@@ -188,10 +176,10 @@ def test_a_resume_id_is_not_guessed(guarded: RelayProcess, upstream: ScriptedUps
 # --- tokens -------------------------------------------------------------------------------------------
 
 
-def test_no_credential_is_ever_logged(own_journal: Callable[[], str], name: str) -> None:
+def test_no_credential_is_ever_logged(fresh_journal: Callable[[], str], name: str) -> None:
     """Whatever goes wrong with a request: neither by relay, nor by the server, nor in a traceback."""
     reads, key = token(name), PRODUCER_KEY
-    with RelayProcess.start(journal=own_journal(), upstream="http://127.0.0.1:9", **SETTINGS) as relay:
+    with RelayProcess.start(journal=fresh_journal(), upstream="http://127.0.0.1:9", **SETTINGS) as relay:
         for target in (f"/relay/v1/streams/{name}/events", "/relay/none", f"/{name}", "/relay/v1/session"):
             for method in ("GET", "POST", "DELETE"):
                 for query in (f"?token={reads}", f"?token={reads}x", f"?x=%0d%0a&token={key}"):
@@ -494,10 +482,10 @@ def test_thousands_of_requests_in_one_read_are_not_taken(relay: RelayProcess) ->
 
 
 def test_a_flood_of_connections_is_bounded_and_those_that_are_served_stay_so(
-    own_journal: Callable[[], str],
+    fresh_journal: Callable[[], str],
 ) -> None:
     """500 here; `python3 tests/conformance/flood.py` makes 10,000."""
-    with RelayProcess.start(journal=own_journal(), connections_max=100) as relay:
+    with RelayProcess.start(journal=fresh_journal(), connections_max=100) as relay:
         with RawClient(relay.port) as served:
             served.request("GET", "/relay/healthz")
             assert served.answer().status == 200
@@ -1002,8 +990,8 @@ def test_what_others_wrote_is_never_a_page_of_relays(guarded: RelayProcess, vict
 # --- who counts as whom -------------------------------------------------------------------------------
 
 
-def test_a_made_up_address_is_not_another_client(own_journal: Callable[[], str]) -> None:
-    with RelayProcess.start(journal=own_journal(), client_requests_per_s=1.0) as relay:
+def test_a_made_up_address_is_not_another_client(fresh_journal: Callable[[], str]) -> None:
+    with RelayProcess.start(journal=fresh_journal(), client_requests_per_s=1.0) as relay:
         answers = asked_too_often(
             relay,
             lambda number: {
@@ -1014,7 +1002,7 @@ def test_a_made_up_address_is_not_another_client(own_journal: Callable[[], str])
         )
         assert len(answers) > 10
     with RelayProcess.start(
-        journal=own_journal(), client_requests_per_s=1.0, trusted_proxy="127.0.0.1"
+        journal=fresh_journal(), client_requests_per_s=1.0, trusted_proxy="127.0.0.1"
     ) as relay:
         # What the client wrote itself stands before what the proxy added.
         asked_too_often(relay, lambda number: {"X_Forwarded_For": f"192.0.2.{number % 256}, 203.0.113.9"})

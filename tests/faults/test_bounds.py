@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -100,10 +100,9 @@ def whole_frames(body: bytes) -> list[tuple[int, int]]:
 
 @pytest.fixture
 def relay_with_little_patience(
-    journal_url: str, upstream: ScriptedUpstream, tmp_path: Path
+    fresh_journal: Callable[[], str], upstream: ScriptedUpstream
 ) -> Iterator[RelayProcess]:
-    journal = journal_url if journal_url.startswith("redis") else f"sqlite:///{tmp_path / 'relay.db'}"
-    with RelayProcess.start(journal=journal, upstream=upstream.url, write_timeout_s=2) as relay:
+    with RelayProcess.start(journal=fresh_journal(), upstream=upstream.url, write_timeout_s=2) as relay:
         yield relay
 
 

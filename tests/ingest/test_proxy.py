@@ -661,14 +661,10 @@ def test_a_key_whose_run_failed_without_a_frame_gives_no_empty_success(
 
 
 @pytest.fixture(scope="module")
-def small(
-    journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RelayProcess]:
+def small(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay whose bounds are small."""
-    if journal_url.startswith("sqlite"):
-        journal_url = f"sqlite:///{tmp_path_factory.mktemp('small') / 'relay.db'}"
     with RelayProcess.start(
-        journal=journal_url,
+        journal=fresh_journal(),
         upstream=upstream.url,
         buffered_body_max_bytes=1000,
         open_runs_max=2,
@@ -682,14 +678,10 @@ def small(
 
 
 @pytest.fixture(scope="module")
-def impatient(
-    journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RelayProcess]:
+def impatient(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay for an upstream that never answers: one that does may be too slow for it."""
-    if journal_url.startswith("sqlite"):
-        journal_url = f"sqlite:///{tmp_path_factory.mktemp('impatient') / 'relay.db'}"
     with RelayProcess.start(
-        journal=journal_url, upstream=upstream.url, upstream_header_timeout_s=0.3
+        journal=fresh_journal(), upstream=upstream.url, upstream_header_timeout_s=0.3
     ) as process:
         yield process
 

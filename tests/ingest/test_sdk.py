@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import openai
 import pytest
@@ -25,13 +25,9 @@ def chunk(text: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def beating(
-    journal_url: str, upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RelayProcess]:
+def beating(fresh_journal: Callable[[], str], upstream: ScriptedUpstream) -> Iterator[RelayProcess]:
     """A relay that sends heartbeats all the time."""
-    if journal_url.startswith("sqlite"):
-        journal_url = f"sqlite:///{tmp_path_factory.mktemp('sdk') / 'relay.db'}"
-    with RelayProcess.start(journal=journal_url, upstream=upstream.url, heartbeat_s=0.05) as process:
+    with RelayProcess.start(journal=fresh_journal(), upstream=upstream.url, heartbeat_s=0.05) as process:
         yield process
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,22 +66,9 @@ def pair(
 
 
 @pytest.fixture(scope="session")
-def own_url(journal_url: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], str]:
-    """Makes URLs for further relays beside those of other fixtures: one Redis, or a new file each."""
-
-    def make() -> str:
-        if journal_url.startswith("redis"):
-            return journal_url
-        path: Path = tmp_path_factory.mktemp("scenarios")
-        return f"sqlite:///{path / 'relay.db'}"
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def leased(
     journal_url: str,
-    own_url: Callable[[], str],
+    fresh_journal: Callable[[], str],
     upstream: ScriptedUpstream,
     receiver: Receiver,
     request: pytest.FixtureRequest,
@@ -92,7 +78,7 @@ def leased(
         yield request.getfixturevalue("pair")[0]
         return
     with RelayProcess.start(
-        journal=own_url(), upstream=upstream.url, **LEASED, **receiver.settings
+        journal=fresh_journal(), upstream=upstream.url, **LEASED, **receiver.settings
     ) as process:
         yield process
 
@@ -110,11 +96,11 @@ def instances(
 
 @pytest.fixture(scope="session")
 def hurried(
-    own_url: Callable[[], str], upstream: ScriptedUpstream, receiver: Receiver
+    fresh_journal: Callable[[], str], upstream: ScriptedUpstream, receiver: Receiver
 ) -> Iterator[RelayProcess]:
     """A relay that goes on for nobody, and takes small frames only."""
     with RelayProcess.start(
-        journal=own_url(), upstream=upstream.url, abandon_s=0.3, frame_max_bytes=2000,
+        journal=fresh_journal(), upstream=upstream.url, abandon_s=0.3, frame_max_bytes=2000,
         **LEASED, **receiver.settings,
     ) as process:  # fmt: skip
         yield process

@@ -139,14 +139,14 @@ def test_p3_a_turn_whose_producer_broke_off_in_the_midst_of_its_body_ends_once(
 @pytest.mark.parametrize("route", ["proxied", "one request"])
 def test_p3_a_turn_left_streaming_for_ever_after_the_process_died_is_lost_within_the_lease(
     leased: RelayProcess,
-    own_url: Callable[[], str],
+    fresh_journal: Callable[[], str],
     upstream: ScriptedUpstream,
     receiver: Receiver,
     name: str,
     route: str,
 ) -> None:
     """Text that was delivered is in the transcript, which is handed over under the run's name."""
-    url = own_url()
+    url = fresh_journal()
     settings: dict[str, Any] = {"journal": url, "upstream": upstream.url} | LEASED | receiver.settings
     dying = RelayProcess.start(**settings)
     try:

@@ -40,7 +40,7 @@ class Scene:
     upstream: ScriptedUpstream
     name: str
     start: Callable[..., RelayProcess]
-    own_url: Callable[[], str]
+    fresh_journal: Callable[[], str]
     away: Callable[[], tuple[RelayProcess, Callable[[], None], Callable[[], None]]]
 
 
@@ -105,7 +105,7 @@ async def go_on(exchange: Exchange) -> None:
 def endless(scene: Scene) -> Told:
     """An agent that never ends, and somebody who reads on."""
     scene.upstream.on(f"/{scene.name}", go_on)
-    relay = scene.start(journal=scene.own_url(), max_run_s=1)
+    relay = scene.start(journal=scene.fresh_journal(), max_run_s=1)
     with Reading(f"{relay.url}/{scene.name}", Relay_Stream=scene.name) as page:
         return Told(relay, page.headers["relay-run"], "raw", rest_of(page))
 
@@ -120,7 +120,7 @@ def fallen_silent(scene: Scene) -> Told:
 
     path = f"/{scene.name}/chat/completions"
     scene.upstream.on(path, handler)
-    relay = scene.start(journal=scene.own_url(), upstream_idle_s=1)
+    relay = scene.start(journal=scene.fresh_journal(), upstream_idle_s=1)
     with Reading(relay.url + path, Relay_Stream=scene.name) as page:
         return Told(relay, page.headers["relay-run"], "openai-chat", rest_of(page))
 
@@ -178,7 +178,7 @@ def by_process(end: Callable[[RelayProcess], None], **settings: Any) -> Play:
     """The process of an answer ends, and another one is asked."""
 
     def play(scene: Scene) -> Told:
-        url = scene.own_url()
+        url = scene.fresh_journal()
         owner = scene.start(journal=url, **settings)
         answer = proxied("openai-chat", whole=False, act=lambda scene, page: end(owner))
         told = answer(replace(scene, relay=owner))
@@ -238,7 +238,7 @@ ENDINGS: list[tuple[Reason, str, Play]] = [
 @pytest.fixture
 def scene(
     hurried: RelayProcess,
-    own_url: Callable[[], str],
+    fresh_journal: Callable[[], str],
     upstream: ScriptedUpstream,
     receiver: Receiver,
     name: str,
@@ -250,7 +250,8 @@ def scene(
             return stack.enter_context(RelayProcess.start(**given))
 
         def away() -> tuple[RelayProcess, Callable[[], None], Callable[[], None]]:
-            url, short = own_url(), {"journal_timeout_s": 1.5, "journal_deadline_s": 1, "owner_lease_s": 60}
+            url = fresh_journal()
+            short = {"journal_timeout_s": 1.5, "journal_deadline_s": 1, "owner_lease_s": 60}
             if url.startswith("sqlite"):
                 relay = start(journal=url, **short)
                 unlimited = resource.prlimit(relay.pid, resource.RLIMIT_FSIZE)
@@ -272,7 +273,7 @@ def scene(
 
             return relay, goes, comes
 
-        yield Scene(hurried, upstream, name, start, own_url, away)
+        yield Scene(hurried, upstream, name, start, fresh_journal, away)
 
 
 def test_every_way_to_end_is_tried_or_said_to_be_none() -> None:
